@@ -1,0 +1,221 @@
+"""Blocks from which diffusion networks are built, over 1, 2 or 3 axes.
+
+The number of axes picks a convolution from one table; everything else is written once. Attribute names are those
+of the OpenAI / CompVis lineage (`in_layers`, `emb_layers`, `transformer_blocks`, ...), which most public checkpoints use.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
+    1: F.avg_pool1d,
+    2: F.avg_pool2d,
+    3: F.avg_pool3d,
+}
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Sets all parameters to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of t, (B,) -> (B, width): cosines first, frequencies max_period^(-i / (width / 2)).
+
+    Source: Improved DDPM (Nichol and Dhariwal, 2021); the order and the divisor are that lineage's.
+    """
+    half = width // 2
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float().reshape(-1, 1) * torch.exp(i * (-math.log(max_period) / half))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """Residual block: (norm, SiLU, conv) twice, with the embedding between them.
+
+    `scale_shift` modulates the second norm as norm(h) (1 + scale) + shift (ADM); otherwise the embedding is added.
+    `embedding` None makes a block without time, as autoencoders use. Shapes: x (B, C, *axes), emb (B, E).
+    """
+
+    def __init__(
+        self,
+        axes: int,
+        channels: int,
+        out_channels: int,
+        *,
+        embedding: int | None,
+        groups: int = 32,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        conv = CONV[axes]
+        self.scale_shift = scale_shift
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, channels, eps=eps),
+            nn.SiLU(),
+            conv(channels, out_channels, 3, padding=1),
+        )
+        if embedding is not None:
+            width = 2 * out_channels if scale_shift else out_channels
+            self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, width))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels, eps=eps),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero(conv(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else conv(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        h = self.in_layers(x)
+        if emb is None:
+            return self.skip_connection(x) + self.out_layers(h)
+        e = self.emb_layers(emb).to(h.dtype)
+        e = e.reshape(*e.shape, *[1] * (h.ndim - 2))
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + e)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of x (B, C, *axes), with a residual connection.
+
+    `qkv` holds [head][q, k, v][channel], the legacy order of the OpenAI lineage. Source: ADM (Dhariwal and Nichol, 2021).
+    """
+
+    def __init__(self, channels: int, *, heads: int, groups: int = 32, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        batch, channels = x.shape[:2]
+        flat = x.reshape(batch, channels, -1)
+        qkv = self.qkv(self.norm(flat)).reshape(batch, self.heads, 3, channels // self.heads, -1)
+        q, k, v = qkv.transpose(-1, -2).unbind(dim=2)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        return x + self.proj_out(h.reshape(batch, channels, -1)).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens (B, L, C) to a context (B, M, K); without one, to themselves."""
+
+    def __init__(self, channels: int, *, heads: int, context: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context or channels, channels, bias=False)
+        self.to_v = nn.Linear(context or channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        source = x if context is None else context
+        q, k, v = (
+            a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for a in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        attend = None if mask is None else mask.reshape(mask.shape[0], 1, 1, -1)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        return self.to_out(h.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward: Linear to twice the hidden width, x GELU(gate), Linear back (Shazeer, 2020)."""
+
+    def __init__(self, channels: int, multiplier: int = 4) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * multiplier * channels)
+        self.out = nn.Linear(multiplier * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(h * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context (to itself where there is none, as in AudioLDM), gated feed-forward."""
+
+    def __init__(self, channels: int, *, heads: int, context: int | None = None) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(channels, heads=heads)
+        self.attn2 = CrossAttention(channels, heads=heads, context=context)
+        self.ff = FeedForward(channels)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        own = mask if context is None else None  # the mask belongs to whichever tokens attn2 looks at
+        x = x + self.attn1(self.norm1(x), mask=own)
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of x (B, C, *axes). Source: latent diffusion (Rombach et al., 2022)."""
+
+    def __init__(
+        self,
+        axes: int,
+        channels: int,
+        *,
+        heads: int,
+        context: int | None = None,
+        depth: int = 1,
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        conv = CONV[axes]
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = conv(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads=heads, context=context) for _ in range(depth)
+        )
+        self.proj_out = zero(conv(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        h = self.proj_in(self.norm(x))
+        tokens = h.flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.transpose(1, 2).reshape(h.shape))
+
+
+class Downsample(nn.Module):
+    """Halves every axis by a stride-2 convolution; `op` is the name public checkpoints use."""
+
+    def __init__(self, axes: int, channels: int) -> None:
+        super().__init__()
+        self.op = CONV[axes](channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles every axis by nearest neighbours, then convolves."""
+
+    def __init__(self, axes: int, channels: int) -> None:
+        super().__init__()
+        self.conv = CONV[axes](channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
