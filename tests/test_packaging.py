@@ -25,16 +25,33 @@ def test_every_package_is_listed() -> None:
 
 def test_wheel_contents(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns("build", "*.egg-info", ".git", ".venv", "__pycache__", "outputs")
+    ignore = shutil.ignore_patterns(
+        "build", "*.egg-info", ".git", ".venv", "__pycache__", "outputs"
+    )
     shutil.copytree(ROOT, source, ignore=ignore)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "--wheel-dir",
+        str(tmp_path),
+    ]
     subprocess.run([*command, str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < 100e6
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert all(top == "mdiff" or top.endswith(".dist-info") for top in tops), tops
-    for path in ["registry.toml", "py.typed", "cli.py", "core/hooks.py", "plugins/audio/__init__.py"]:
+    for path in [
+        "registry.toml",
+        "py.typed",
+        "cli.py",
+        "core/hooks.py",
+        "plugins/audio/__init__.py",
+    ]:
         assert f"mdiff/{path}" in names
     registry = tomllib.loads((ROOT / "registry.toml").read_text())
     for model in registry["models"].values():

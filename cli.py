@@ -1,0 +1,425 @@
+"""The command line: a thin reader of options around `mdiff.core`.
+
+stdout is data: paths, or one JSON object an output with --json. stderr is talk. Commands import
+what they need when they run, so help and lists import neither torch nor a plugin. Exit codes: 0
+done, 1 failed while running, 2 usage, 3 model or plugin missing, 4 integrity, 130 interrupted.
+MDIFF_DEBUG=1 shows the traceback of an error.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import mdiff
+from mdiff.core.errors import MdiffError, UsageError
+
+if TYPE_CHECKING:
+    from mdiff.core.hooks import ModelCard
+    from mdiff.core.host import Host
+    from mdiff.core.pipeline import OnStep, Output
+    from mdiff.core.registry import Registry
+    from mdiff.core.sampling import State
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; never raises for what a person did wrong."""
+    try:
+        code = cli.main(args=arguments, prog_name="mdiff", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except MdiffError as error:
+        return _fail(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of stdout (head, say) has gone: keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 (a person gets one line whatever happened)
+        kind = type(error).__name__
+        return _fail(f"unexpected {kind}: {error} (MDIFF_DEBUG=1 shows where it comes from)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("MDIFF_DEBUG") == "1":
+        traceback.print_exc()
+    click.echo(f"mdiff: {' '.join(message.split())}", err=True)
+    return code
+
+
+class _Commands(click.Group):
+    """The commands, and those of a plugin under its name, which load that plugin."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        host = _host()
+        if cmd_name not in host.names():
+            return None
+        commands = host.call(cmd_name, "mdiff_commands") or ()
+        return click.Group(cmd_name, commands={str(c.name): c for c in commands})
+
+
+def _no_plugin(ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> None:
+    from mdiff.core import host
+
+    if names:
+        ctx.with_resource(host.use(host.current().blocking(names)))
+
+
+_block = click.option(
+    "--no-plugin",
+    metavar="NAME",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_no_plugin,
+    help="Leave a plugin out.",
+)
+
+
+@click.group(cls=_Commands, invoke_without_command=True)
+@click.version_option(mdiff.__version__, prog_name="mdiff")
+@_block
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Diffusion for sound, images and video: one core, and everything else a plugin.
+
+    A plugin's own commands are under its name: mdiff PLUGIN --help.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command()
+@click.argument("target", required=False, metavar="MODALITY|MODEL|PATH")
+@click.option("--text", help="What to make; - reads it from stdin.")
+@click.option("--negative", help="What to keep away from.")
+@click.option("--class", "class_name", help="A class that the model knows.")
+@click.option("--duration", type=float, help="Seconds.")
+@click.option("--seed", help="7, or 1,2,5-10. Random where absent, and always printed.")
+@click.option("--count", type=click.IntRange(1, 100_000), help="Outputs: seeds s, s+1, ...")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A text a line, or .jsonl requests."
+)
+@click.option("--resume", is_flag=True, help="Skip what is complete, go on with what is not.")
+@click.option("--steps", type=int, help="Steps of the sampler.")
+@click.option("--sampler", help="`mdiff components` lists them.")
+@click.option("--grid", help="The times that the sampler visits.")
+@click.option("--guidance", type=float, help="How closely to follow the text; 1 is not at all.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option("--device", help="auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="A model's own."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("outputs"),
+    show_default=True,
+    help="A folder or a file.",
+)
+@click.option("--format", "suffix", default="", help="wav, flac, ...")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object an output on stdout.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved requests and stop.")
+@click.option("--again", type=click.Path(path_type=Path), help="Run the record of an output again.")
+@click.option("--quiet", is_flag=True, help="No talk on stderr but errors.")
+@_block
+def run(
+    target: str | None,
+    *,
+    text: str | None,
+    seed: str | None,
+    count: int | None,
+    prompts: Path | None,
+    resume: bool,
+    options: tuple[str, ...],
+    out: Path,
+    suffix: str,
+    as_json: bool,
+    dry_run: bool,
+    again: Path | None,
+    quiet: bool,
+    **fields: Any,
+) -> None:
+    """Make something, by modality (its default model), by model or from a folder with a model in
+    it.
+    """
+    from mdiff.core import request
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    registry = _registry(say)
+    if prompts is not None and (text is not None or again is not None):
+        raise UsageError("--prompts brings its own texts: leave --text and --again out")
+    made = _record(again) if again is not None else {}
+    old = _asked(made)
+    target = target or old.pop("model", None)
+    if target is None:
+        raise UsageError('name a modality or a model: mdiff run audio --text "..."')
+    fields["text"] = _stdin() if text == "-" else text
+    given = old | {name: value for name, value in fields.items() if value is not None}
+    given["options"] = {**old.get("options", {}), **_pairs(options)}
+    lines = request.read_prompts(prompts) if prompts is not None else [{}]
+    drawn = seed is None and not made and any("seed" not in line for line in lines)
+    if resume and drawn:
+        raise UsageError("--resume needs the --seed of the run to go on with")
+    seeds = _seeds(
+        seed if seed is not None else str(made.get("seed", request.random_seed())), count
+    )
+    card = registry.resolve(target)
+    model = target if card.root == Path(target) else card.id
+    requests = request.expand(card, lines, seeds, registry.host, model=model, **given)
+    from mdiff.core import pipeline
+
+    jobs = pipeline.plan(requests, registry, out, suffix)
+    if dry_run:
+        for job in jobs:
+            entry = {"path": str(job.path), "request": asdict(job.request)}
+            click.echo(json.dumps(entry, indent=None if as_json else 2))
+        return
+    first, span = requests[0], _span(seeds)
+    say(f"{card.id}, {first.precision} on {first.device}, seed {span}{' (drawn)' * drawn}")
+    if made:
+        pipeline.as_recorded(made, card)
+    keep = resume or prompts is not None
+    try:
+        with _progress(quiet) as on_step:
+            outputs = pipeline.run(jobs, registry.host, resume=resume, keep=keep, on_step=on_step)
+            for output in outputs:
+                click.echo(_told(output) if as_json else str(output.path))
+    except KeyboardInterrupt:
+        if keep:
+            say(f"to go on, the same command with --seed {span} --resume")
+        raise
+
+
+def _asked(made: dict[str, Any]) -> dict[str, Any]:
+    """The request fields of a record but the seed, empty without a record."""
+    from mdiff.core.record import request_of
+
+    if not made:
+        return {}
+    old = asdict(request_of(made))
+    return {name: value for name, value in old.items() if value is not None and name != "seed"}
+
+
+def _seeds(text: str, count: int | None) -> list[int]:
+    from mdiff.core.request import parse_seeds
+
+    seeds = parse_seeds(text)
+    if count is None:
+        return seeds
+    if len(seeds) > 1:
+        raise UsageError("--count counts from one seed: give it one")
+    return parse_seeds(f"{seeds[0]}-{seeds[0] + count - 1}")
+
+
+def _told(output: "Output") -> str:
+    """One output as a line of JSON; its real-time factor is seconds of work a second of sample."""
+    line: dict[str, Any] = {
+        "path": str(output.path),
+        "seed": output.request.seed,
+        "model": output.card.id,
+        "seconds": round(output.seconds, 3),
+    }
+    if output.request.duration:
+        line["real_time_factor"] = round(output.seconds / output.request.duration, 4)
+    return json.dumps(line | ({"done_before": True} if output.done_before else {}))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator["OnStep | None"]:
+    """A bar of the steps of each stage, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_step(stage: int, state: "State") -> None:
+            bar.update(
+                task, description=f"stage {stage + 1}", total=state.total, completed=state.index
+            )
+
+        yield on_step
+
+
+def _pairs(options: Sequence[str]) -> dict[str, str]:
+    for option in options:
+        if "=" not in option:
+            raise UsageError(f"--option {option!r} should be key=value")
+    return {key.strip(): value for key, value in (option.split("=", 1) for option in options)}
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text: {error.reason}") from error
+
+
+def _span(seeds: Sequence[int]) -> str:
+    """Seeds in the form that --seed reads: 1,2,5-10."""
+    spans: list[list[int]] = []
+    for seed in seeds:
+        if spans and seed == spans[-1][1] + 1:
+            spans[-1][1] = seed
+        else:
+            spans.append([seed, seed])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in spans)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_block
+def models(name: str | None) -> None:
+    """List the models, or say all about one."""
+    registry = _registry()
+    if name is not None:
+        click.echo(_card_text(registry.resolve(name)))
+        return
+    default = set(registry.defaults.values())
+    rows = [
+        (c.id, c.modality, c.summary + (" (default)" if c.id in default else ""))
+        for c in registry.cards.values()
+    ]
+    _table(rows)
+
+
+@cli.command()
+@click.option("--check", metavar="NAME", help="Run the conformance checks on a plugin.")
+@_block
+def plugins(check: str | None) -> int:
+    """List the plugins that are installed, or check one."""
+    host = _host()
+    if check is None:
+        _table(
+            [(r.name, r.status, f"{r.dist} {r.version}", r.error or r.value) for r in host.records]
+        )
+        return 0
+    from mdiff.core.testing import check_plugin
+
+    failed = 0
+    for result in check_plugin(check, host):
+        failed += not result.passed
+        click.echo(
+            f"{'ok  ' if result.passed else 'FAIL'}  {result.name}  {result.detail}".rstrip()
+        )
+    return int(failed > 0)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True)
+@_block
+def components(as_json: bool) -> None:
+    """List schedules, grids, samplers and all else that goes by a name."""
+    from mdiff.core.pipeline import catalogue
+
+    found = catalogue(_host())
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _table([(kind, ", ".join(names)) for kind, names in found.items()])
+
+
+@cli.command()
+@click.argument("what", metavar="FILE|MODEL")
+@_block
+def info(what: str) -> None:
+    """Print the record inside an output, or all about a model."""
+    if Path(what).is_file():
+        click.echo(json.dumps(_record(Path(what)), indent=2))
+    else:
+        click.echo(_card_text(_registry().resolve(what)))
+
+
+@cli.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("outputs"), help="The folder to try."
+)
+@_block
+def doctor(out: Path) -> int:
+    """Check this installation: versions, processor, plugins, weights, output folder."""
+    from mdiff.core.doctor import examine
+
+    failed = 0
+    for finding in examine(_registry(), out):
+        failed += not finding.passed
+        click.echo(f"{'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
+    return int(failed > 0)
+
+
+def _host() -> "Host":
+    from mdiff.core.host import current
+
+    return current()
+
+
+def _registry(say: Callable[[str], None] | None = None) -> "Registry":
+    """The models at hand; a registry.toml that cannot be used gets a line and nothing else."""
+    from mdiff.core.registry import load
+
+    registry = load(_host())
+    for problem in registry.problems:
+        (say or _err)(f"mdiff: left out: {problem}")
+    return registry
+
+
+def _err(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    from mdiff.core.record import find
+
+    return find(path, [m for _, media in _host().each("mdiff_media") for m in media])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows with their columns in line."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def _card_text(card: "ModelCard") -> str:
+    """A card for people: what it is, what it takes, its options and its figures."""
+    from mdiff.core.registry import BOUNDABLE
+
+    lines = [card.id, f"  {card.summary}", ""]
+    facts = {
+        "modality": card.modality,
+        "system": card.system,
+        "licence": card.licence,
+        "source": card.source,
+        "takes": ", ".join(card.accepts) or "nothing but a seed",
+        "defaults": ", ".join(f"{k} {v}" for k, v in card.defaults.items()),
+        "size": f"{sum(f.size for f in card.files) / 1e6:.1f} MB" if card.files else "",
+        "measured": ", ".join(f"{k} {v}" for k, v in card.measured.items()),
+    }
+    lines += [f"  {name:9} {value}" for name, value in facts.items() if value]
+    for option in card.options:
+        bounds = [f"{o:g}" if o is not None else "" for o in (option.minimum, option.maximum)]
+        domain = "|".join(map(str, option.choices)) or ("..".join(bounds) if any(bounds) else "")
+        default = "" if option.default is None else f"[{option.default}]"
+        flag = f"--{option.name}" if option.name in BOUNDABLE else f"-o {option.name}"
+        said = (f"  {flag}", option.type, domain, default, option.help)
+        lines.append("  ".join(part for part in said if part))
+    return "\n".join(lines)

@@ -1,0 +1,309 @@
+"""What crosses the line between the host and a plugin: the hook specifications and the data they
+carry.
+
+A plugin is a module named by an entry point of the group `mdiff.plugins`. It implements some of the
+hooks of `Specs`, each marked with `@hookimpl`, and returns values; it never registers anything.
+`mdiff_info` is required. An implementation may leave out arguments that it has no use for. Names
+inside a returned mapping are short ("mini"); the world sees them behind the plugin's name
+("text/mini"). docs/hooks/ has a page for each hook.
+
+Nothing here imports torch, and neither may a plugin's module: heavy imports belong inside the
+hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+    import torch
+    from torch import Tensor, nn
+
+    from mdiff.core.denoiser import Denoiser
+
+API = (1, 0)
+"""Version of the hooks: another major is refused, and so is a newer minor. Arguments are only ever
+added.
+"""
+
+GROUP = "mdiff.plugins"
+"""The entry-point group: name = the plugin's name, value = its module."""
+
+hookspec = pluggy.HookspecMarker("mdiff")
+hookimpl = pluggy.HookimplMarker("mdiff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginInfo:
+    """Who a plugin is: `name` equals its entry point's, `api` is the version of the hooks it was
+    written for.
+
+    `modality` is what its models make ("audio"), None where it has no models.
+    """
+
+    name: str
+    api: tuple[int, int]
+    modality: str | None = None
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A value that a model lets one choose. Named like a request field (`duration`), it bounds that
+    field.
+    """
+
+    name: str
+    type: Literal["int", "float", "str", "bool"]
+    default: int | float | str | bool | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[int | float | str, ...] = ()
+    help: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file of weights: `name` relative to its card's root, `module` the key in `Model.modules` it
+    fills.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    module: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is known of a model without running any code: an entry of a registry.toml.
+
+    Attributes:
+        id: `plugin/model`.
+        config: handed to `mdiff_build` untouched.
+        defaults: request fields where the caller says nothing: steps, sampler, grid, guidance,
+            duration, precision.
+        accepts: the request fields that the model listens to: text, negative, class_name, duration.
+        measured: figures of quality and speed, for people.
+        root: folder that `files` are relative to.
+    """
+
+    id: str
+    plugin: str
+    modality: str
+    system: str
+    summary: str
+    licence: str
+    source: str
+    root: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[File, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[Option, ...] = ()
+    accepts: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One output, asked for in full: nothing is left to a default, so equal requests give equal
+    outputs.
+
+    Attributes:
+        model: a card's id, or the path of a folder that holds a model.
+        duration: seconds.
+        seed: of this one sample.
+        precision: "fp32" or "bf16".
+        options: the model's own options, each one present.
+    """
+
+    model: str
+    text: str | None = None
+    negative: str | None = None
+    class_name: str | None = None
+    duration: float | None = None
+    seed: int = 0
+    sampler: str = "dpmpp_2m"
+    grid: str = "linear"
+    steps: int = 20
+    guidance: float = 1.0
+    precision: str = "fp32"
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a stage asks of the sampler, for one request.
+
+    Attributes:
+        shape: (C, *axes) of one sample.
+        cond: keyword arguments of the network, tensors of (copies, ...) or (1, ...).
+        uncond: the same keys for the unconditional half of guidance; None for a stage without
+            guidance.
+        copies: candidates drawn side by side, each from a seed of its own.
+        guidance, sampler, grid, steps: what the request says, where None. A sampler or grid is a
+            name or an object.
+    """
+
+    shape: tuple[int, ...]
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
+    uncond: Mapping[str, Tensor] | None = None
+    copies: int = 1
+    guidance: float | None = None
+    sampler: Any = None
+    grid: Any = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of a model: text -> latent, latent -> mel, mel -> waveform.
+
+    Attributes:
+        prepare: (request, carry) -> Problem; `carry` holds what earlier stages left.
+        denoiser: None for a plain network: then `finish` does the work, with x = None.
+        finish: (request, problem, x, carry) -> what to add to the carry; x is (copies, C, *axes).
+            After the last stage the carry holds "sample": the mapping that the plugin's media
+            write.
+    """
+
+    name: str
+    prepare: Callable[[Request, dict[str, Any]], Problem]
+    denoiser: Denoiser | None
+    finish: Callable[[Request, Problem, Tensor | None, dict[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A built model: the modules that weights go into, and the stages that run over them."""
+
+    modules: Mapping[str, nn.Module]
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """A kind of file: how a sample is written with its record inside, and how both are read back.
+
+    Attributes:
+        suffix: with its dot: ".wav".
+        write: (path, sample, record, options) -> None. It writes the whole file at `path`, under
+            the name it is given; `mdiff.core.record.short` fits a record into a small field.
+        read: path -> sample.
+        read_record: path -> the record, or None where the file has none.
+        default: used where no format is asked for.
+    """
+
+    suffix: str
+    write: Callable[[Path, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], None]
+    read: Callable[[Path], Mapping[str, Any]]
+    read_record: Callable[[Path], dict[str, Any] | None]
+    default: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Parts of the core that a plugin adds, by short name; each value makes the part from keyword
+    arguments.
+    """
+
+    schedules: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    grids: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    samplers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    guidance: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    losses: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened: `name` is "started", "saved" or "failed"; `data` says to what."""
+
+    name: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TextStates(NamedTuple):
+    """Texts as numbers: pooled (B, P), tokens (B, L, D), mask (B, L) of bool, True where a token
+    is.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+class TextEncoder(Protocol):
+    """What `text_encoder` returns; `width` is D and `pooled_width` is P of its `TextStates`."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def pooled_width(self) -> int: ...
+
+    def encode(self, texts: Sequence[str]) -> TextStates: ...
+
+
+def text_encoder(name: str) -> TextEncoder:
+    """The text encoder `plugin/name`, built once: how a plugin gets at one without importing
+    another plugin.
+
+    Raises:
+        MissingError: no installed plugin gives that encoder.
+    """
+    from mdiff.core.host import current
+
+    return current().text_encoder(name)
+
+
+class Specs:
+    """The hooks. The host asks one plugin at a time, so an implementation never sees another one's
+    answer.
+    """
+
+    @hookspec
+    def mdiff_info(self) -> PluginInfo:  # type: ignore[empty-body]
+        """Who this plugin is. Required."""
+
+    @hookspec
+    def mdiff_models(self) -> Sequence[ModelCard]:  # type: ignore[empty-body]
+        """Cards that a registry.toml cannot express."""
+
+    @hookspec
+    def mdiff_build(self, card: ModelCard, device: str, dtype: torch.dtype) -> Model:  # type: ignore[empty-body]
+        """The model of a card of this plugin, with random weights: the core loads the files."""
+
+    @hookspec
+    def mdiff_components(self) -> Components:  # type: ignore[empty-body]
+        """Schedules, grids, samplers, guidance and losses to add to the core's."""
+
+    @hookspec
+    def mdiff_datasets(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]
+        """Data sets by name; each value builds one."""
+
+    @hookspec
+    def mdiff_metrics(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]
+        """Metrics by name; each value computes one."""
+
+    @hookspec
+    def mdiff_media(self) -> Sequence[Media]:  # type: ignore[empty-body]
+        """The kinds of file that samples of this plugin's modality go into."""
+
+    @hookspec
+    def mdiff_text_encoders(self) -> Mapping[str, Callable[[], TextEncoder]]:  # type: ignore[empty-body]
+        """Text encoders by name; each value builds one."""
+
+    @hookspec
+    def mdiff_commands(self) -> Sequence[click.Command]:  # type: ignore[empty-body]
+        """Commands, run as `mdiff PLUGIN COMMAND`."""
+
+    @hookspec
+    def mdiff_event(self, event: Event) -> None:
+        """Told what happens in a run; the answer is ignored and a failure is only reported."""

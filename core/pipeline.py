@@ -1,0 +1,357 @@
+"""The pipeline: requests -> stages -> files. What the command line does, a notebook does with
+these.
+
+    registry = registry.load(host.current())
+    jobs = plan([request], registry, Path("outputs"))
+    for output in run(jobs, registry.host):
+        print(output.path)
+
+Every request runs as a batch of its own, so an output does not depend on its neighbours: it is
+bit-equal alone and among a thousand. The pipeline knows no modality: a sample is what the last
+stage says it is.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mdiff.core import noise, record, weights
+from mdiff.core.denoiser import Denoise
+from mdiff.core.errors import IntegrityError, MdiffError, UsageError
+from mdiff.core.guidance import classifier_free
+from mdiff.core.hooks import Event, Media, Model, ModelCard, Problem, Request
+from mdiff.core.host import KINDS, Host
+from mdiff.core.registry import Registry
+from mdiff.core.request import component
+from mdiff.core.sampling import State, steps
+
+SAVE_EVERY = 10.0
+"""Seconds between two saves of a sample in progress."""
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+OnStep = Callable[[int, State], None]
+"""Told after each step: the number of the stage, and the state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One output to make: what, with which model, and where it goes."""
+
+    request: Request
+    card: ModelCard
+    media: Media
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One output made: `seconds` is what it took without loading the model, 0 where it was there
+    already.
+    """
+
+    path: Path
+    request: Request
+    card: ModelCard
+    record: Mapping[str, Any]
+    seconds: float = 0.0
+    done_before: bool = False
+
+
+def plan(requests: Sequence[Request], registry: Registry, out: Path, suffix: str = "") -> list[Job]:
+    """What a run would make, without weights and without touching the disk.
+
+    Args:
+        out: a folder, in which an output is named by its model, seed and request; or, with a
+            suffix, the file to write.
+        suffix: of the files, with or without its dot; empty for the plugin's default.
+
+    Raises:
+        UsageError: the model does not write such files, or several outputs would go into one file.
+    """
+    wanted = f".{suffix.lower().lstrip('.')}" if suffix else ""
+    into_file = bool(out.suffix) and not out.is_dir()
+    if into_file and len(requests) > 1:
+        raise UsageError(f"{len(requests)} outputs do not fit into the file {out}: give a folder")
+    if into_file and wanted not in ("", out.suffix.lower()):
+        raise UsageError(f"--format {suffix} and the file {out.name} say different things")
+    wanted = out.suffix.lower() if into_file else wanted
+    found: dict[str, tuple[ModelCard, Media]] = {}
+    jobs = []
+    for request in requests:
+        if request.model not in found:
+            card = registry.resolve(request.model)
+            found[request.model] = card, _media(card, registry.host, wanted)
+        card, media = found[request.model]
+        name = f"{card.id.split('/')[1]}-{request.seed}-{record.key(request)}{media.suffix}"
+        path = out if into_file else out / name
+        jobs.append(Job(request=request, card=card, media=media, path=path))
+    return jobs
+
+
+def _media(card: ModelCard, host: Host, suffix: str) -> Media:
+    """What writes a model's samples into files of a suffix, empty for the plugin's default."""
+    media = host.media(card.plugin)
+    if not media:
+        raise MdiffError(f"plugin {card.plugin!r} writes no kind of file for {card.modality}")
+    if not suffix:
+        return next((m for m in media if m.default), media[0])
+    for one in media:
+        if one.suffix == suffix:
+            return one
+    kinds = ", ".join(m.suffix for m in media)
+    raise UsageError(f"{card.id} does not write {suffix} files; it writes: {kinds}")
+
+
+def run(
+    jobs: Sequence[Job],
+    host: Host,
+    *,
+    resume: bool = False,
+    keep: bool = False,
+    on_step: OnStep | None = None,
+) -> Iterator[Output]:
+    """Makes the outputs one after another and yields each when it is on the disk, with its record
+    beside it.
+
+    Args:
+        resume: leave out what is complete, and go on with a sample from its saved state.
+        keep: save the state of a sample in progress, now and then and when interrupted.
+
+    Raises:
+        MissingError, IntegrityError: the weights are not there, or not what they should be.
+        MdiffError: a stage or a file failed; earlier outputs stay.
+    """
+    for folder in {job.path.parent for job in jobs}:
+        record.make_folder(folder)
+    loaded: tuple[Any, Model] | None = None
+    for job in jobs:
+        request, card = job.request, job.card
+        made = describe(card, request, host)
+        if resume and record.complete(job.path, made):
+            yield Output(path=job.path, request=request, card=card, record=made, done_before=True)
+            continue
+        host.tell(Event(name="started", data={"request": request, "path": job.path}))
+        try:
+            which = (card.id, card.root, request.device, request.precision)
+            if loaded is None or loaded[0] != which:
+                loaded = (which, open_model(card, request, host))
+            start = time.perf_counter()
+            saved = _Saved(job.path.with_name(f"{record.digest(made)[:12]}.state"), keep)
+            before = saved.load(request.device) if resume else {}
+            try:
+                sample = generate(
+                    loaded[1],
+                    card,
+                    request,
+                    host=host,
+                    on_step=_both(saved.step, on_step),
+                    resume=before,
+                )
+            except KeyboardInterrupt:
+                saved.save()
+                raise
+            with (
+                host.blame(card.plugin, f"writing {job.media.suffix}"),
+                record.output(job.path, made) as temporary,
+            ):
+                job.media.write(temporary, sample, made, request.options)
+            saved.remove()
+        except Exception as error:
+            host.tell(Event(name="failed", data={"request": request, "error": error}))
+            raise
+        seconds = time.perf_counter() - start
+        output = Output(path=job.path, request=request, card=card, record=made, seconds=seconds)
+        host.tell(Event(name="saved", data={"request": request, "path": job.path}))
+        yield output
+
+
+def describe(card: ModelCard, request: Request, host: Host) -> dict[str, Any]:
+    """The record that an output of this request has here and now."""
+    plugin = host.record(card.plugin)
+    return record.make(
+        request,
+        card,
+        dist=plugin.dist,
+        dist_version=plugin.version,
+        threads=torch.get_num_threads(),
+    )
+
+
+def as_recorded(made: Mapping[str, Any], card: ModelCard) -> None:
+    """Sets up what a record says of how it was made, before it is run again.
+
+    Raises:
+        IntegrityError: the model's weights are not those of the record.
+    """
+    here = {file.name: file.sha256 for file in card.files}
+    if made["model"] == card.id and made["weights"] != here:
+        raise IntegrityError(
+            f"the weights of {card.id} are not those that the record names: install mdiff "
+            f"{made['mdiff']} to make the same again, or give the model and its options anew"
+        )
+    # How work is split over threads decides the order of sums, and so the last bit.
+    torch.set_num_threads(made["threads"])
+
+
+def catalogue(host: Host) -> dict[str, list[str]]:
+    """All that goes by a name, by kind: the core's own, and each plugin's as `plugin/name`."""
+    own = {
+        kind: import_module(f"mdiff.core.{kind}")
+        for kind in ("schedules", "grids", "samplers", "guidance")
+    }
+    found = {kind: sorted(own[kind].NAMES) if kind in own else [] for kind in KINDS}
+    host.load_all()
+    for plugin in host.names():
+        for kind in KINDS:
+            found[kind] += [f"{plugin}/{name}" for name in sorted(host.offers(plugin, kind))]
+    return {kind: names for kind, names in found.items() if names}
+
+
+def open_model(card: ModelCard, request: Request, host: Host) -> Model:
+    """Builds a model on the request's device and in its precision, and loads its weights.
+
+    Raises:
+        MissingError, IntegrityError: as `weights.load`.
+        PluginError: the plugin could not build it.
+    """
+    dtype = DTYPES[request.precision]
+    model = host.call(card.plugin, "mdiff_build", card=card, device=request.device, dtype=dtype)
+    if not isinstance(model, Model):
+        raise MdiffError(
+            f"plugin {card.plugin!r} builds {model!r} for {card.id} instead of a Model"
+        )
+    weights.load(model, card)
+    for module in model.modules.values():
+        module.eval().requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    card: ModelCard,
+    request: Request,
+    *,
+    host: Host,
+    on_step: OnStep | None = None,
+    resume: Mapping[int, State] | None = None,
+) -> Mapping[str, Any]:
+    """Runs the stages of one request and returns its sample.
+
+    Args:
+        resume: states of stages, by number: a stage goes on from its state, and one that is at its
+            end is not run again.
+
+    Raises:
+        PluginError: the plugin failed in a stage, or left no sample.
+        NonFiniteError: the sampler met a NaN or an infinity.
+    """
+    carry: dict[str, Any] = {}
+    for number, stage in enumerate(model.stages):
+        where = f"stage {stage.name!r} of {card.id}"
+        with host.blame(card.plugin, where):
+            problem = stage.prepare(request, carry)
+            x = None
+            if stage.denoiser is not None:
+                state = (resume or {}).get(number)
+                x = _solve(stage.denoiser, problem, request, number, host, on_step, state)
+            carry |= stage.finish(request, problem, x, carry)
+    if not isinstance(carry.get("sample"), Mapping):
+        raise MdiffError(f"plugin {card.plugin!r}: the last stage of {card.id} left no sample")
+    return carry["sample"]
+
+
+def seeds(seed: int, copies: int, stage: int) -> list[int]:
+    """A seed for each candidate of a stage: the first candidate of the first has the request's."""
+    own = [derive(seed, "candidate", copy) for copy in range(copies)]
+    return [derive(one, "stage", stage) for one in own]
+
+
+def derive(seed: int, role: str, index: int) -> int:
+    """A seed for the index-th of something, like none of the others; the 0th keeps the seed."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {role} {index}".encode()).digest()[:4])
+
+
+def _solve(
+    denoise: Denoise,
+    problem: Problem,
+    request: Request,
+    number: int,
+    host: Host,
+    on_step: OnStep | None,
+    state: State | None,
+) -> Tensor:
+    """Samples one stage, (copies, C, *axes): from pure noise, or from a state on."""
+    scale = request.guidance if problem.guidance is None else problem.guidance
+    if problem.uncond is None:
+        denoise = denoise.bind(**problem.cond)
+    else:
+        denoise = classifier_free(denoise, cond=problem.cond, uncond=problem.uncond, scale=scale)
+    sampler = problem.sampler or request.sampler
+    if isinstance(sampler, str):
+        sampler = component("samplers", sampler, host)()
+    grid = problem.grid or request.grid
+    if isinstance(grid, str):
+        grid = component("grids", grid, host)(problem.steps or request.steps)
+    streams = noise.from_seeds(seeds(request.seed, problem.copies, number), problem.shape)
+    if state is None or state.index < state.total:
+        for now in steps(denoise, streams, sampler=sampler, grid=grid, resume=state):
+            state = now
+            if on_step is not None:
+                on_step(number, now)
+    if state is None:
+        raise MdiffError(f"the grid of stage {number + 1} has no step")
+    return state.x
+
+
+def _both(first: OnStep, second: OnStep | None) -> OnStep:
+    def told(number: int, state: State) -> None:
+        first(number, state)
+        if second is not None:
+            second(number, state)
+
+    return told
+
+
+@dataclass
+class _Saved:
+    """The states of a sample in progress, one file a stage in a folder beside the output."""
+
+    folder: Path
+    keep: bool
+    latest: dict[int, State] = field(default_factory=dict)
+    at: float = field(default_factory=time.monotonic)
+
+    def step(self, number: int, state: State) -> None:
+        self.latest[number] = state
+        if time.monotonic() - self.at > SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        if self.keep:
+            for number, state in self.latest.items():
+                with record.atomic_write(self.folder / f"{number}.safetensors") as temporary:
+                    save_file(state.save(), temporary)
+            self.at = time.monotonic()
+
+    def load(self, device: str) -> dict[int, State]:
+        for file in sorted(self.folder.glob("[0-9]*.safetensors")):
+            tensors = weights.parse(file.read_bytes(), str(file))
+            there = {name: tensor.to(device) for name, tensor in tensors.items()}
+            self.latest[int(file.stem)] = State.restore(there)
+        return dict(self.latest)
+
+    def remove(self) -> None:
+        rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""The toy's model: Gaussian data, for which the best denoiser is known in closed form."""
+
+import torch
+from torch import nn
+
+from mdiff.core import schedules
+from mdiff.core.denoiser import Denoiser
+from mdiff.core.hooks import Model, Problem, Stage, TextStates, text_encoder
+
+SCHEDULE = schedules.cosine()
+RATE = 8
+
+
+class Net(nn.Module):
+    """E[x_0 | x_t] for x_0 ~ N(mean, width^2), each value on its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = nn.Parameter(torch.rand(1))
+
+    def forward(self, x, t, mean):
+        alpha, sigma = (c[:, None, None].to(x) for c in SCHEDULE(t))
+        gain = alpha * self.width**2 / (alpha**2 * self.width**2 + sigma**2)
+        return mean[:, :, None].to(x) + gain * (x - alpha * mean[:, :, None].to(x))
+
+
+class Encoder:
+    width = 3
+    pooled_width = 1
+
+    def encode(self, texts):
+        pooled = torch.tensor([[sum(map(ord, text)) % 17 / 4 - 2] for text in texts])
+        length = max(len(text.split()) for text in texts)
+        mask = torch.tensor([[i < len(text.split()) for i in range(length)] for text in texts])
+        return TextStates(pooled, torch.zeros(len(texts), length, 3), mask)
+
+
+def build(config, device, dtype):
+    net = Net().to(device, dtype)
+    encode = text_encoder("toy/letters").encode
+
+    def prepare(request, carry):
+        mean = encode([request.text or "x"]).pooled
+        away = encode([request.negative]).pooled if request.negative else torch.zeros(1, 1)
+        shape = (1, max(1, round((request.duration or 1) * RATE)))
+        problem = Problem(shape=shape, cond={"mean": mean}, uncond={"mean": away}, copies=2)
+        return problem
+
+    def choose(request, problem, x, carry):
+        # of the two candidates, the one with the larger sum
+        return {"coarse": x[x.sum((1, 2)).argmax()]}
+
+    def again(request, carry):
+        return Problem(shape=tuple(carry["coarse"].shape), cond={"mean": carry["coarse"].mean()[None, None]})
+
+    def fine(request, problem, x, carry):
+        return {"fine": carry["coarse"] + 0.1 * x[0]}
+
+    def decode(request, problem, x, carry):
+        return {"sample": {"values": carry["fine"][0].float() * request.options["gain"]}}
+
+    denoiser = Denoiser(net, SCHEDULE, predicts="x0", time="t")
+    return Model(
+        modules={"net": net},
+        stages=(
+            Stage(name="coarse", prepare=prepare, denoiser=denoiser, finish=choose),
+            Stage(name="fine", prepare=again, denoiser=denoiser, finish=fine),
+            Stage(name="decode", prepare=lambda r, c: Problem(shape=()), denoiser=None, finish=decode),
+        ),
+    )
