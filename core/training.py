@@ -119,8 +119,8 @@ def train(
 def averaged(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a run's checkpoint."""
     with safe_open(folder / "checkpoint.safetensors", "pt") as file:
-        keys = [k for k in file.keys() if k.startswith("average.")]
-        return {k.removeprefix("average."): file.get_tensor(k) for k in keys}
+        names = [name for name in list(file.keys()) if name.startswith("average.")]
+        return {name.removeprefix("average."): file.get_tensor(name) for name in names}
 
 
 def _save(
@@ -146,10 +146,10 @@ def _restore(
 ) -> tuple[int, float]:
     with safe_open(path, "pt") as file:
         module.load_state_dict({k: file.get_tensor(f"module.{k}") for k in module.state_dict()})
-        for k in average:
-            average[k].copy_(file.get_tensor(f"average.{k}"))
+        for name, value in average.items():
+            value.copy_(file.get_tensor(f"average.{name}"))
         state: dict[int, dict[str, Tensor]] = {}
-        for key in file.keys():
+        for key in list(file.keys()):
             if key.startswith("optimizer."):
                 _, i, name = key.split(".")
                 state.setdefault(int(i), {})[name] = file.get_tensor(key)

@@ -1,7 +1,7 @@
 """Blocks from which diffusion networks are built, over 1, 2 or 3 axes.
 
 The number of axes picks a convolution from one table; everything else is written once. Attribute names are those
-of the OpenAI / CompVis lineage (`in_layers`, `emb_layers`, `transformer_blocks`, ...), which most public checkpoints use.
+of the OpenAI / CompVis lineage (`in_layers`, `emb_layers`, `transformer_blocks`), as in most public checkpoints.
 """
 
 import math
@@ -80,7 +80,9 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else conv(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         h = self.in_layers(x)
         if emb is None:
             return self.skip_connection(x) + self.out_layers(h)
@@ -98,7 +100,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of x (B, C, *axes), with a residual connection.
 
-    `qkv` holds [head][q, k, v][channel], the legacy order of the OpenAI lineage. Source: ADM (Dhariwal and Nichol, 2021).
+    `qkv` holds [head][q, k, v][channel], the legacy order of that lineage. Source: ADM (Dhariwal and Nichol, 2021).
     """
 
     def __init__(self, channels: int, *, heads: int, groups: int = 32, eps: float = 1e-5) -> None:
@@ -108,7 +110,9 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         batch, channels = x.shape[:2]
         flat = x.reshape(batch, channels, -1)
         qkv = self.qkv(self.norm(flat)).reshape(batch, self.heads, 3, channels // self.heads, -1)
@@ -128,7 +132,9 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         source = x if context is None else context
         q, k, v = (
             a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -162,8 +168,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        own = mask if context is None else None  # the mask belongs to whichever tokens attn2 looks at
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        own = (
+            mask if context is None else None
+        )  # the mask belongs to whichever tokens attn2 looks at
         x = x + self.attn1(self.norm1(x), mask=own)
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
@@ -191,7 +201,9 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero(conv(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         h = self.proj_in(self.norm(x))
         tokens = h.flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
@@ -206,7 +218,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = CONV[axes](channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         return self.op(x)
 
 
@@ -217,5 +231,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = CONV[axes](channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,7 +1,7 @@
 """The UNet of DDPM's lineage over 1, 2 or 3 axes: net(x, t, **cond) -> output of x's shape (or another channel count).
 
-Layout and names (`time_embed`, `input_blocks`, `middle_block`, `output_blocks`, `out`) follow the OpenAI lineage, shared
-by Improved DDPM, ADM, GLIDE, latent diffusion and AudioLDM, so that their checkpoints need no or little renaming.
+Layout and names (`time_embed`, `input_blocks`, `middle_block`, `output_blocks`, `out`) follow the OpenAI lineage,
+shared by Improved DDPM, ADM, GLIDE, latent diffusion and AudioLDM, so that their checkpoints need little renaming.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,8 @@ class UNet(nn.Module):
         classes: number of class labels, whose embedding is added to the time embedding (ADM).
         scale_shift: residual blocks modulated by scale and shift (ADM) instead of a sum.
 
-    Call: net(x (B, in_channels, *axes), t (B,), vector=(B, V), context=(B, M, K), label=(B,)) -> (B, out_channels, *axes).
+    Call: net(x (B, in_channels, *axes), t (B,), vector=(B, V), context=(B, M, K), label=(B,)) gives
+    (B, out_channels, *axes).
     Every axis must be divisible by 2^(len(multipliers) - 1).
 
     Raises:
@@ -144,7 +145,10 @@ class UNet(nn.Module):
             raise UsageError(
                 f"sizes {tuple(x.shape[2:])} do not fit this network: every axis must be a multiple of {self.factor}"
             )
-        for name, layer, value in (("vector", self.film_emb, vector), ("label", self.label_emb, label)):
+        for name, layer, value in (
+            ("vector", self.film_emb, vector),
+            ("label", self.label_emb, label),
+        ):
             if (layer is None) != (value is None):
                 verb = "needs" if value is None else "does not take"
                 raise UsageError(f"this UNet {verb} the condition {name!r}")

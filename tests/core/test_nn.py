@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mdiff.core.errors import UsageError
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
@@ -23,7 +24,8 @@ def parameters(net: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("channels", "head_width", "millions"), [(128, 32, 185.04), (192, 32, 415.95), (256, 64, 739.14)]
+    ("channels", "head_width", "millions"),
+    [(128, 32, 185.04), (192, 32, 415.95), (256, 64, 739.14)],
 )
 def test_audioldm_published_sizes(channels: int, head_width: int, millions: float) -> None:
     with torch.device("meta"):
@@ -81,7 +83,9 @@ def test_shapes_and_batch(axes: int, transformer: bool) -> None:
     out = net(x, t, context=context)
     assert out.shape == (3, 2, *[4] * axes)
     for k in range(3):
-        alone = net(x[k : k + 1], t[k : k + 1], context=context if context is None else context[k : k + 1])
+        alone = net(
+            x[k : k + 1], t[k : k + 1], context=context if context is None else context[k : k + 1]
+        )
         torch.testing.assert_close(alone, out[k : k + 1], rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,101 @@
+"""AudioLDM: text -> joint embedding -> latent -> log-mel -> waveform (Liu et al., 2023).
+
+Three stages: the latent UNet, conditioned on the joint embedding by its FiLM vector; the autoencoder's decoder,
+after which the candidates are ranked by their similarity to the text; the vocoder.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdiff.core import schedules
+from mdiff.core.denoiser import Denoiser
+from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, text_encoder
+from mdiff.core.nn.autoencoder import AutoencoderKL
+from mdiff.core.nn.unet import UNet
+from mdiff.plugins.audio.nets.joint import JointEmbedding
+from mdiff.plugins.audio.nets.mel import HOP, RATE
+from mdiff.plugins.audio.nets.vocoder import MelInverter, griffin_lim
+
+
+def to_image(mel: Tensor) -> Tensor:
+    """Log-mel (B, 64, T) -> what the autoencoder sees: (B, 1, T, 64), about zero mean and unit variance."""
+    return (mel.transpose(1, 2)[:, None] + 5.0) / 4.0
+
+
+def to_mel(image: Tensor) -> Tensor:
+    """The inverse of `to_image`: (B, 1, T, 64) -> (B, 64, T)."""
+    return (image[:, 0] * 4.0 - 5.0).transpose(1, 2)
+
+
+def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
+    """The model of a card, with random weights; `config` gives the arguments of each network."""
+    config = card.config
+    encoder = text_encoder(config["text_encoder"])
+    unet = UNet(**config["unet"]).to(device, dtype)
+    autoencoder = AutoencoderKL(**config["autoencoder"]).to(device)
+    joint = JointEmbedding(tokens=encoder.width, **config["joint"]).to(device)
+    vocoder = MelInverter(**config["vocoder"]).to(device)
+    modules: Mapping[str, nn.Module] = {
+        "unet": unet,
+        "autoencoder": autoencoder,
+        "joint": joint,
+        "vocoder": vocoder,
+    }
+    schedule = schedules.scaled_linear(**config["schedule"])
+    denoiser = Denoiser(unet, schedule, predicts=config["predicts"], time="index")
+    # one latent row is four frames, and the UNet halves rows once per level
+    frames_step = 4 * unet.factor
+
+    def embed(text: str) -> Tensor:
+        states = encoder.encode([text])
+        return joint.embed_text(states.tokens.to(device).float(), states.mask.to(device))
+
+    def prepare(request: Request, carry: dict[str, Any]) -> Problem:
+        frames = -(-round(request.duration * RATE) // HOP)
+        frames = -(-frames // frames_step) * frames_step
+        copies = int(request.options["candidates"])
+        cond, uncond = embed(request.text), embed(request.negative or "")
+        carry["text"] = cond
+        return Problem(
+            shape=(unet_channels, frames // 4, 16),
+            cond={"vector": cond.expand(copies, -1)},
+            uncond={"vector": uncond.expand(copies, -1)},
+            copies=copies,
+        )
+
+    unet_channels = config["unet"]["in_channels"]
+
+    def keep_latent(
+        request: Request, problem: Problem, x: Tensor, carry: dict[str, Any]
+    ) -> dict[str, Any]:
+        return carry | {"latent": x.float() / config["latent_scale"]}
+
+    def nothing(request: Request, carry: dict[str, Any]) -> Problem:
+        return Problem(shape=(), cond={}, uncond=None)
+
+    def decode(
+        request: Request, problem: Problem, x: None, carry: dict[str, Any]
+    ) -> dict[str, Any]:
+        mels = to_mel(autoencoder.decode(carry["latent"]))
+        similarity = joint.embed_audio(mels) @ carry["text"][0]
+        best = int(similarity.argmax())
+        return carry | {"mel": mels[best], "similarity": float(similarity[best])}
+
+    def vocode(
+        request: Request, problem: Problem, x: None, carry: dict[str, Any]
+    ) -> dict[str, Any]:
+        wave = griffin_lim(vocoder(carry["mel"][None]))
+        wave = wave[:, : round(request.duration * RATE)]
+        return carry | {"sample": {"audio": wave.cpu(), "rate": RATE}}
+
+    return Model(
+        modules=dict(modules),
+        stages=(
+            Stage(name="latent", prepare=prepare, denoiser=denoiser, finish=keep_latent),
+            Stage(name="mel", prepare=nothing, denoiser=None, finish=decode),
+            Stage(name="waveform", prepare=nothing, denoiser=None, finish=vocode),
+        ),
+    )

@@ -1,0 +1,287 @@
+"""The recipe of the shipped text-to-audio model: four networks, trained one after another.
+
+    python -m mdiff.plugins.audio.train vocoder     --data DIR --out RUN --minutes 20
+    python -m mdiff.plugins.audio.train autoencoder --data DIR --out RUN --minutes 20
+    python -m mdiff.plugins.audio.train joint       --data DIR --out RUN --minutes 15
+    python -m mdiff.plugins.audio.train latent      --data DIR --out RUN --minutes 60
+    python -m mdiff.plugins.audio.train export      --out RUN --to DIR
+
+`--data` is what `python -m mdiff.plugins.audio.data.recipe` built; held-out clips are never read here.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.lib.format import open_memmap
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mdiff.core import host, registry, schedules
+from mdiff.core.hooks import text_encoder
+from mdiff.core.nn.autoencoder import AutoencoderKL
+from mdiff.core.nn.unet import UNet
+from mdiff.core.record import atomic_write
+from mdiff.core.training import Budget, averaged, train
+from mdiff.plugins.audio.audioldm import to_image
+from mdiff.plugins.audio.data.captions import Clip, plain, varied
+from mdiff.plugins.audio.data.store import load as load_clips
+from mdiff.plugins.audio.data.store import to_float
+from mdiff.plugins.audio.nets.joint import JointEmbedding
+from mdiff.plugins.audio.nets.mel import BANDS, FLOOR, HOP, log_mel, magnitude
+from mdiff.plugins.audio.nets.vocoder import MelInverter
+
+MODEL = "audio/audioldm-mini"  # its card in registry.toml says which networks
+KL_WEIGHT = 1e-3
+DROP = 0.1
+CAPTIONS = 8  # wordings kept per clip
+
+
+def config() -> Mapping[str, Any]:
+    return registry.load(host.current()).resolve(MODEL).config
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The training clips of a data folder, with what is computed from them cached beside them."""
+
+    folder: Path
+
+    @cached_property
+    def loaded(self) -> tuple[list[Clip], np.ndarray]:
+        return load_clips(self.folder)
+
+    @property
+    def all(self) -> list[Clip]:
+        return self.loaded[0]
+
+    @property
+    def waves(self) -> np.ndarray:
+        return self.loaded[1]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Row numbers of the training split."""
+        return np.array([i for i, clip in enumerate(self.all) if clip.split == "train"])
+
+    @cached_property
+    def mels(self) -> np.ndarray:
+        """Log-mels (N, 64, T) in half precision."""
+
+        def fill(rows: slice) -> Tensor:
+            return log_mel(torch.from_numpy(to_float(self.waves[rows])))
+
+        frames = self.waves.shape[1] // HOP
+        return self.cached("mels", (len(self.waves), BANDS, frames), fill)
+
+    def cached(
+        self, name: str, shape: Sequence[int], fill: Callable[[slice], Tensor], batch: int = 64
+    ) -> np.ndarray:
+        """`name`.npy in the folder, filled batch by batch if it is not there yet."""
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            with atomic_write(path) as temporary:
+                array = open_memmap(temporary, "w+", np.float16, tuple(shape))
+                for start in range(0, shape[0], batch):
+                    rows = slice(start, min(start + batch, shape[0]))
+                    with torch.no_grad():
+                        array[rows] = fill(rows).half().numpy()
+                array.flush()
+        return np.load(path, mmap_mode="r")
+
+    def draw(self, generator: torch.Generator, count: int) -> np.ndarray:
+        """Row numbers of a batch; kinds are drawn by their share of the set."""
+        return self.rows[torch.randint(len(self.rows), (count,), generator=generator).numpy()]
+
+
+def pick(array: np.ndarray, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.stack([array[i] for i in rows])).float()
+
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def train_vocoder(clips: Clips, out: Path, budget: Budget) -> None:
+    net = MelInverter(**config()["vocoder"])
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = clips.draw(generator, 12)
+        gain = 10 ** (uniform(generator, -12, 3, len(rows), 1) / 20)
+        wave = (pick(clips.waves, rows) / 32768) * gain
+        target = torch.log(magnitude(wave).clamp(min=FLOOR))
+        start = int(torch.randint(target.shape[-1] - 127, (1,), generator=generator))
+        target = target[..., start : start + 128]
+        found = net(log_mel(wave)[..., start : start + 128]).float()
+        near = (found - target).abs().mean()
+        # peaks carry the pitch: the second term weighs errors by the square root of the magnitude
+        peaks = ((found / 2).exp() - (target / 2).exp()).abs().mean()
+        return near + 20 * peaks
+
+    train(net, loss, out / "vocoder", budget)
+
+
+def train_autoencoder(clips: Clips, out: Path, budget: Budget) -> None:
+    net = AutoencoderKL(**config()["autoencoder"])
+    mels = clips.mels
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = clips.draw(generator, 16)
+        gain = uniform(generator, -1.4, 0.35, len(rows), 1, 1)
+        mel = (pick(mels, rows) + gain).clamp(min=math.log(FLOOR))
+        start = 4 * int(torch.randint((mel.shape[-1] - 64) // 4 + 1, (1,), generator=generator))
+        x = to_image(mel[..., start : start + 64])
+        posterior = net.encode(x)
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        found = net.decode(posterior.sample(noise)).float()
+        return (found - x).abs().mean() + KL_WEIGHT * posterior.kl() / posterior.mean[0].numel()
+
+    train(net, loss, out / "autoencoder", budget)
+
+
+def wordings(clip: Clip, row: int) -> list[str]:
+    """The canonical caption and CAPTIONS - 1 others, the same at every call."""
+    rng = random.Random(row)
+    return [plain(clip), *(varied(clip, rng) for _ in range(CAPTIONS - 1))]
+
+
+def train_joint(clips: Clips, out: Path, budget: Budget) -> None:
+    encoder = text_encoder(config()["text_encoder"])
+    net = JointEmbedding(tokens=encoder.width, **config()["joint"])
+    mels = clips.mels
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = clips.draw(generator, 192)
+        choice = torch.randint(CAPTIONS, (len(rows),), generator=generator).tolist()
+        texts = [wordings(clips.all[i], int(i))[k] for i, k in zip(rows, choice, strict=True)]
+        with torch.no_grad():
+            states = encoder.encode(texts)
+        mel = pick(mels, rows) + uniform(generator, -1.4, 0.35, len(rows), 1, 1)
+        mel = mel.roll(int(torch.randint(-8, 9, (1,), generator=generator)), dims=-1)
+        audio = net.embed_audio(mel.clamp(min=math.log(FLOOR))).float()
+        text = net.embed_text(states.tokens.float(), states.mask).float()
+        logits = net.log_scale.exp().clamp(max=100) * audio @ text.T
+        # clips with the same caption are not each other's negatives
+        same = torch.tensor([[a == b for b in texts] for a in texts])
+        logits = logits.masked_fill(same & ~torch.eye(len(texts), dtype=torch.bool), -1e4)
+        labels = torch.arange(len(texts))
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    train(net, loss, out / "joint", budget)
+
+
+def train_latent(clips: Clips, out: Path, budget: Budget) -> None:
+    folder = out / "latent"
+    latents, audio, texts, scale = prepare_latents(clips, out)
+    encoder = text_encoder(config()["text_encoder"])
+    joint = load(JointEmbedding(tokens=encoder.width, **config()["joint"]), out / "joint")
+    with torch.no_grad():
+        states = encoder.encode([""])
+        null = joint.embed_text(states.tokens.float(), states.mask)
+    net = UNet(**config()["unet"])
+    schedule = schedules.scaled_linear(**config()["schedule"])
+    steps = config()["schedule"]["steps"]
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = clips.draw(generator, 32)
+        x0 = pick(latents, rows)
+        x0 = x0 * scale
+        # half the conditions are the sound's embedding, as in the paper, half a caption's, as when asked
+        k = torch.randint(CAPTIONS, (len(rows),), generator=generator).numpy()
+        cond = torch.from_numpy(np.stack([texts[i, j] for i, j in zip(rows, k, strict=True)]))
+        heard = uniform(generator, 0, 1, len(rows), 1) < 0.3
+        cond = torch.where(heard, pick(audio, rows), cond.float())
+        drop = uniform(generator, 0, 1, len(rows), 1) < DROP
+        cond = torch.where(drop, null, cond)
+        # one index from each of B equal parts of the schedule: less variance than B free draws
+        part = (torch.arange(len(rows)) + uniform(generator, 0, 1, len(rows))) / len(rows)
+        index = (part * steps).long().clamp(max=steps - 1)
+        alpha, sigma = schedule((index.double() + 1) / steps)
+        alpha, sigma = (a.float().reshape(-1, 1, 1, 1) for a in (alpha, sigma))
+        eps = torch.randn(x0.shape, generator=generator)
+        v = alpha * eps - sigma * x0
+        found = net(alpha * x0 + sigma * eps, index.float(), vector=cond).float()
+        return F.mse_loss(found, v)
+
+    train(net, loss, folder, budget)
+
+
+def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Latents (N, 4, T/4, 16), audio embeddings (N, 512), caption embeddings (N, CAPTIONS, 512), latent scale."""
+    encoder = text_encoder(config()["text_encoder"])
+    net = load(AutoencoderKL(**config()["autoencoder"]), out / "autoencoder")
+    joint = load(JointEmbedding(tokens=encoder.width, **config()["joint"]), out / "joint")
+    mels = clips.mels
+    count, bands, frames = mels.shape
+
+    def encode(rows: slice) -> Tensor:
+        return net.encode(to_image(torch.from_numpy(mels[rows]).float())).mean
+
+    def hear(rows: slice) -> Tensor:
+        return joint.embed_audio(torch.from_numpy(mels[rows]).float())
+
+    def read(rows: slice) -> Tensor:
+        texts = [t for i in range(rows.start, rows.stop) for t in wordings(clips.all[i], i)]
+        states = encoder.encode(texts)
+        return joint.embed_text(states.tokens.float(), states.mask).unflatten(0, (-1, CAPTIONS))
+
+    shape = (count, config()["autoencoder"]["latent"], frames // 4, bands // 4)
+    latents = clips.cached("latents", shape, encode)
+    audio = clips.cached("audio_embeddings", (count, 512), hear)
+    texts = clips.cached("text_embeddings", (count, CAPTIONS, 512), read)
+    scale = 1 / float(np.asarray(latents[clips.rows[::7]], np.float32).std())
+    return latents, audio, texts, scale
+
+
+def load(net: nn.Module, run: Path) -> nn.Module:
+    net.load_state_dict(averaged(run))
+    return net.eval().requires_grad_(False)
+
+
+def export(clips: Clips, out: Path, to: Path) -> None:
+    """Writes the averaged networks in half precision, and prints what the model's card needs to know."""
+    for name in ("vocoder", "autoencoder", "joint", "latent"):
+        tensors = {k: v.half().contiguous() for k, v in averaged(out / name).items()}
+        with atomic_write(to / f"audioldm-mini-{name}.safetensors") as temporary:
+            save_file(tensors, temporary)
+    print(f"latent_scale = {prepare_latents(clips, out)[3]:.4f}")
+
+
+RECIPES: dict[str, Callable[[Clips, Path, Budget], None]] = {
+    "vocoder": train_vocoder,
+    "autoencoder": train_autoencoder,
+    "joint": train_joint,
+    "latent": train_latent,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", choices=[*RECIPES, "export"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--to", type=Path, default=Path("."))
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)  # initial weights
+    clips = Clips(options.data)
+    if options.network == "export":
+        export(clips, options.out, options.to)
+        return
+    budget = Budget(minutes=options.minutes, rate=options.rate)
+    RECIPES[options.network](clips, options.out, budget)
+
+
+if __name__ == "__main__":
+    main()

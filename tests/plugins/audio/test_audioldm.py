@@ -1,0 +1,112 @@
+"""AudioLDM's stages on random weights: lengths, candidates and their ranking, conditions, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdiff.core import host as hosts
+from mdiff.core.hooks import Model, ModelCard, Request
+from mdiff.core.pipeline import generate
+from mdiff.plugins.audio.audioldm import build, to_image, to_mel
+from mdiff.plugins.audio.nets.joint import JointEmbedding
+
+UNET = {"axes": 2, "in_channels": 2, "out_channels": 2, "channels": 16, "multipliers": [1, 2]}
+UNET |= {"blocks": 1, "attention": [1], "head_width": 16, "transformer": True, "groups": 8}
+CONFIG: dict[str, Any] = {
+    "text_encoder": "text/mini",
+    "predicts": "v",
+    "latent_scale": 2.0,
+    "schedule": {"beta_start": 0.0015, "beta_end": 0.0195, "steps": 1000},
+    "unet": UNET | {"vector": 32},
+    "autoencoder": {
+        "axes": 2,
+        "in_channels": 1,
+        "latent": 2,
+        "channels": 8,
+        "groups": 4,
+        "blocks": 1,
+    },
+    "joint": {"width": 32},
+    "vocoder": {"channels": 16, "hidden": 16, "blocks": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def card() -> ModelCard:
+    return ModelCard(
+        id="audio/tiny",
+        plugin="audio",
+        modality="audio",
+        system="AudioLDM",
+        summary="",
+        licence="",
+        source="",
+        root=Path(),
+        config=CONFIG,
+        accepts=("text", "negative", "duration"),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(card: ModelCard) -> Model:
+    torch.manual_seed(0)
+    model = build(card, "cpu", torch.float32)
+    for module in model.modules.values():
+        module.eval().requires_grad_(False)
+    for parameter in model.modules["unet"].parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+REQUEST = Request(
+    model="audio/tiny",
+    text="a flute playing C4",
+    duration=0.5,
+    steps=2,
+    guidance=2.0,
+    options={"candidates": 2},
+)
+
+
+def run(model: Model, card: ModelCard, **changes: Any) -> torch.Tensor:
+    sample = generate(model, card, replace(REQUEST, **changes), host=hosts.current())
+    assert sample["rate"] == 16_000
+    return sample["audio"]
+
+
+def test_length_is_what_was_asked(model: Model, card: ModelCard) -> None:
+    for duration in (0.16, 0.5, 1.0):
+        assert run(model, card, duration=duration).shape == (1, round(duration * 16_000))
+
+
+def test_seed_text_and_negative_matter(model: Model, card: ModelCard) -> None:
+    base = run(model, card)
+    assert torch.equal(base, run(model, card))
+    for change in ({"seed": 1}, {"text": "a drum hit"}, {"negative": "noise"}, {"guidance": 1.0}):
+        assert not torch.equal(base, run(model, card, **change)), change
+
+
+def test_best_candidate_is_kept(model: Model, card: ModelCard) -> None:
+    latent, mel, _ = model.stages
+    request = replace(REQUEST, options={"candidates": 4})
+    carry: dict[str, Any] = {}
+    problem = latent.prepare(request, carry)
+    assert problem.copies == 4 and problem.shape == (2, 14, 16)
+    x = torch.randn(4, *problem.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        carry |= latent.finish(request, problem, x, carry)
+        carry |= mel.finish(request, mel.prepare(request, carry), None, carry)
+        joint, autoencoder = model.modules["joint"], model.modules["autoencoder"]
+        assert isinstance(joint, JointEmbedding)
+        mels = to_mel(autoencoder.decode(x / 2.0))
+        likeness = joint.embed_audio(mels) @ carry["text"][0]
+    torch.testing.assert_close(carry["mel"], mels[likeness.argmax()])
+
+
+def test_mel_and_image_are_inverse() -> None:
+    mel = torch.randn(2, 64, 12)
+    assert to_image(mel).shape == (2, 1, 12, 64)
+    torch.testing.assert_close(to_mel(to_image(mel)), mel)
