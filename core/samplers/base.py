@@ -1,0 +1,48 @@
+r"""A sampler: the step from x at time t to x at an earlier time s.
+
+Between t and s the probability flow has an exact solution for a network that keeps saying the same
+x0,
+
+    x_s = (sigma_s / sigma_t) (x_t - alpha_t x0) + alpha_s x0,
+
+the map `move` below. It holds for every schedule, and families of samplers differ in what they put
+in it: which x0, and which sigma_s. Dividing by alpha turns it into a straight line in sigma /
+alpha, where classical ODE methods work.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mdiff.core.denoiser import Denoise
+from mdiff.core.noise import Noise
+from mdiff.core.schedules import Time, blend
+
+Memory = Mapping[str, Any]
+"""Tensors and floats that a sampler keeps from earlier steps; empty before the first."""
+
+
+class Sampler(Protocol):
+    """A step, with the order of its global error and its evaluations of the denoiser."""
+
+    @property
+    def order(self) -> int: ...
+    @property
+    def evaluations(self) -> int: ...
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        t: Time[float],
+        s: Time[float],
+        state: Memory,
+        noise: Noise,
+    ) -> tuple[Tensor, Memory]:
+        """From x at t to (x at s, state for the next step); x (B, C, *axes) is not changed."""
+
+
+def move(x: Tensor, x0: Tensor, t: Time[float], s: Time[float]) -> Tensor:
+    """Along the probability flow from t to s, if the denoiser says x0 all the way."""
+    ratio = s.sigma / t.sigma
+    return blend(ratio, x, s.alpha - ratio * t.alpha, x0)

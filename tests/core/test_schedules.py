@@ -1,0 +1,174 @@
+"""The laws of schedules, and their tables against products computed by numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mdiff.core import schedules
+from mdiff.core.errors import UsageError
+
+ALL = {
+    "linear": schedules.linear(),
+    "scaled_linear": schedules.scaled_linear(),
+    "cosine_betas": schedules.cosine_betas(),
+    "betas": schedules.betas([1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.35]),
+    "vp_linear": schedules.vp_linear(),
+    "cosine": schedules.cosine(),
+    "ve": schedules.ve(),
+}
+PRESERVING = [name for name in ALL if name != "ve"]
+
+
+def inside(schedule: schedules.Schedule, n: int = 4001) -> torch.Tensor:
+    return torch.linspace(schedule.low, schedule.high, n, dtype=torch.float64)
+
+
+def test_every_named_schedule_is_tested_here() -> None:
+    assert ALL.keys() == schedules.NAMES.keys()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_snr_strictly_decreases(name: str) -> None:
+    schedule = ALL[name]
+    t = torch.cat([inside(schedule), torch.linspace(0, schedule.low, 9)[1:-1].double()])
+    log_snr = schedule.log_snr(t.sort().values)
+    assert torch.isfinite(log_snr).all()
+    assert (log_snr.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clean_data_at_zero_and_noise_at_one(name: str, dtype: torch.dtype) -> None:
+    schedule = ALL[name]
+    alpha, sigma = schedule(torch.tensor([0.0, 1.0], dtype=dtype))
+    assert alpha.dtype == sigma.dtype == dtype
+    assert (alpha[0], sigma[0]) == (1.0, 0.0)
+    assert torch.isfinite(alpha).all() and torch.isfinite(sigma).all()
+    assert sigma[1] > 0.7 and schedule.log_snr(torch.zeros((), dtype=dtype)) == math.inf
+
+
+@pytest.mark.parametrize("name", PRESERVING)
+def test_variance_is_preserved(name: str) -> None:
+    alpha, sigma = ALL[name](torch.linspace(0, 1, 3001, dtype=torch.float64))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_time_is_the_inverse_of_log_snr(name: str) -> None:
+    schedule = ALL[name]
+    t = inside(schedule)
+    torch.testing.assert_close(schedule.time(schedule.log_snr(t)), t, rtol=0, atol=1e-11)
+    infinite = torch.tensor([math.inf, -math.inf], dtype=torch.float64)
+    assert schedule.time(infinite).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shape_dtype_and_argument_are_kept(name: str) -> None:
+    t = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
+    before = t.clone()
+    alpha, sigma = ALL[name](t)
+    assert alpha.shape == sigma.shape == ALL[name].log_snr(t).shape == t.shape
+    assert alpha.dtype == torch.float32 and torch.equal(t, before)
+
+
+def cosine_table(steps: int) -> np.ndarray:
+    def bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - bar((i + 1) / steps) / bar(i / steps), 0.999) for i in range(steps)])
+
+
+TABLES = {
+    "linear": np.linspace(1e-4, 0.02, 1000),
+    "scaled_linear": np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+    "cosine_betas": cosine_table(1000),
+    "betas": np.array([1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.35]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_are_exact_at_their_entries(name: str, dtype: torch.dtype) -> None:
+    bar = np.cumprod(1 - TABLES[name])
+    steps = len(bar)
+    assert ALL[name].steps == steps
+    t = (torch.arange(1, steps + 1, dtype=torch.float64) / steps).to(dtype)
+    alpha, sigma = ALL[name](t)
+    rtol = 1e-7 if dtype == torch.float32 else 1e-11
+    np.testing.assert_allclose(alpha.numpy(), np.sqrt(bar), rtol=rtol)
+    np.testing.assert_allclose(sigma.numpy(), np.sqrt(1 - bar), rtol=rtol)
+    assert ALL[name].index(t).tolist() == list(range(steps))
+    assert [ALL[name].index((i + 1) / steps) for i in range(steps)] == list(range(steps))
+
+
+def test_published_ends_of_the_tables() -> None:
+    # sigma / alpha at the last entry: 157.4 (DDPM), 20291 (Improved DDPM), 14.61 (latent diffusion)
+    ends = {name: ALL[name].at(1.0) for name in ("linear", "cosine_betas", "scaled_linear")}
+    ratio = {name: end.sigma / end.alpha for name, end in ends.items()}
+    assert ratio["linear"] == pytest.approx(157.4, abs=0.05)
+    assert ratio["cosine_betas"] == pytest.approx(20291, abs=1)
+    assert ratio["scaled_linear"] == pytest.approx(14.6146, abs=1e-3)
+
+
+def test_a_table_is_linear_in_log_alpha_between_entries() -> None:
+    schedule = ALL["betas"]
+    ends = [schedule.at(2 / 6).alpha, schedule.at(3 / 6).alpha]
+    assert schedule.at(2.25 / 6).alpha == pytest.approx(
+        ends[0] ** 0.75 * ends[1] ** 0.25, rel=1e-12
+    )
+
+
+def test_continuous_forms_at_hand_checked_points() -> None:
+    # integral of 0.1 + 19.9 t over [0, 1/2] is 2.5375
+    assert schedules.vp_linear().at(0.5).alpha == pytest.approx(math.exp(-2.5375 / 2), rel=1e-13)
+    expected = math.cos(0.508 / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
+    assert schedules.cosine().at(0.5).alpha == pytest.approx(expected, rel=1e-13)
+    assert schedules.ve(0.01, 100).at(0.5).sigma == pytest.approx(1.0, rel=1e-13)
+    assert schedules.ve(0.01, 100).at(0.5).alpha == 1.0
+
+
+def test_at_gives_floats_or_tensors() -> None:
+    schedule = ALL["linear"]
+    time = schedule.at(0.25)
+    assert all(type(entry) is float for entry in time) and schedule.at(time) is time
+    many = schedule.at(torch.tensor([0.25, 0.5]))
+    for entry, one in zip(many, time, strict=True):
+        assert entry.dtype == torch.float64 and entry[0].item() == pytest.approx(one, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (2, 2, 3, 4)])
+def test_diffuse_takes_one_time_per_sample_on_any_axes(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, z = (torch.randn(3, *shape, generator=generator) for _ in range(2))
+    t = torch.tensor([0.1, 0.5, 0.9])
+    x = ALL["cosine"].diffuse(x0, t, z)
+    for k in range(3):
+        at = ALL["cosine"].at(t[k].item())
+        torch.testing.assert_close(x[k], at.alpha * x0[k] + at.sigma * z[k])
+
+
+def test_pad_keeps_dtype_and_adds_axes() -> None:
+    x = torch.zeros(2, 3, 4, 5)
+    padded = schedules.pad(torch.tensor([1.0, 2.0], dtype=torch.float64), x)
+    assert padded.shape == (2, 1, 1, 1) and padded.dtype == x.dtype
+
+
+def test_names_and_parameters_are_checked() -> None:
+    assert schedules.from_name("linear", steps=50).steps == 50
+    with pytest.raises(UsageError, match="'cosine'"):
+        schedules.from_name("cosin")
+    with pytest.raises(UsageError, match="beta_first.*linear"):
+        schedules.from_name("linear", beta_first=1e-4)
+
+
+@pytest.mark.parametrize("table", [[], [0.1, 0.0], [0.1, 1.0], [float("nan")], [[0.1]]])
+def test_impossible_betas_are_refused(table: list) -> None:
+    with pytest.raises(UsageError, match="above 0 and below 1"):
+        schedules.betas(table)
+
+
+def test_a_continuous_schedule_has_no_index() -> None:
+    with pytest.raises(UsageError, match="continuous"):
+        schedules.cosine().index(0.5)
