@@ -3,7 +3,7 @@
     python -m mdiff.plugins.audio.train vocoder     --data DIR --out RUN --minutes 20
     python -m mdiff.plugins.audio.train autoencoder --data DIR --out RUN --minutes 20
     python -m mdiff.plugins.audio.train joint       --data DIR --out RUN --minutes 15
-    python -m mdiff.plugins.audio.train latent      --data DIR --out RUN --minutes 60
+    python -m mdiff.plugins.audio.train unet        --data DIR --out RUN --minutes 60
     python -m mdiff.plugins.audio.train export      --out RUN --to DIR
 
 `--data` is what `python -m mdiff.plugins.audio.data.recipe` built; held-out clips are never read here.
@@ -80,26 +80,26 @@ class Clips:
             return log_mel(torch.from_numpy(to_float(self.waves[rows])))
 
         frames = self.waves.shape[1] // HOP
-        return self.cached("mels", (len(self.waves), BANDS, frames), fill)
-
-    def cached(
-        self, name: str, shape: Sequence[int], fill: Callable[[slice], Tensor], batch: int = 64
-    ) -> np.ndarray:
-        """`name`.npy in the folder, filled batch by batch if it is not there yet."""
-        path = self.folder / f"{name}.npy"
-        if not path.exists():
-            with atomic_write(path) as temporary:
-                array = open_memmap(temporary, "w+", np.float16, tuple(shape))
-                for start in range(0, shape[0], batch):
-                    rows = slice(start, min(start + batch, shape[0]))
-                    with torch.no_grad():
-                        array[rows] = fill(rows).half().numpy()
-                array.flush()
-        return np.load(path, mmap_mode="r")
+        return cached(self.folder / "mels.npy", (len(self.waves), BANDS, frames), fill)
 
     def draw(self, generator: torch.Generator, count: int) -> np.ndarray:
         """Row numbers of a batch; kinds are drawn by their share of the set."""
         return self.rows[torch.randint(len(self.rows), (count,), generator=generator).numpy()]
+
+
+def cached(
+    path: Path, shape: Sequence[int], fill: Callable[[slice], Tensor], batch: int = 64
+) -> np.ndarray:
+    """The half-precision array of a file, filled batch by batch of rows if it is not there yet."""
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            array = open_memmap(temporary, "w+", np.float16, tuple(shape))
+            for start in range(0, shape[0], batch):
+                rows = slice(start, min(start + batch, shape[0]))
+                with torch.no_grad():
+                    array[rows] = fill(rows).half().numpy()
+            array.flush()
+    return np.load(path, mmap_mode="r")
 
 
 def pick(array: np.ndarray, rows: np.ndarray) -> Tensor:
@@ -178,8 +178,7 @@ def train_joint(clips: Clips, out: Path, budget: Budget) -> None:
     train(net, loss, out / "joint", budget)
 
 
-def train_latent(clips: Clips, out: Path, budget: Budget) -> None:
-    folder = out / "latent"
+def train_unet(clips: Clips, out: Path, budget: Budget) -> None:
     latents, audio, texts, scale = prepare_latents(clips, out)
     encoder = text_encoder(config()["text_encoder"])
     joint = load(JointEmbedding(tokens=encoder.width, **config()["joint"]), out / "joint")
@@ -192,9 +191,9 @@ def train_latent(clips: Clips, out: Path, budget: Budget) -> None:
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = clips.draw(generator, 32)
-        x0 = pick(latents, rows)
-        x0 = x0 * scale
-        # half the conditions are the sound's embedding, as in the paper, half a caption's, as when asked
+        x0 = pick(latents, rows) * scale
+        # 30 % of the conditions are the sound's embedding, as in the paper; the others a caption's,
+        # as when asked: the two towers never meet exactly, and notes are told apart by little
         k = torch.randint(CAPTIONS, (len(rows),), generator=generator).numpy()
         cond = torch.from_numpy(np.stack([texts[i, j] for i, j in zip(rows, k, strict=True)]))
         heard = uniform(generator, 0, 1, len(rows), 1) < 0.3
@@ -211,7 +210,7 @@ def train_latent(clips: Clips, out: Path, budget: Budget) -> None:
         found = net(alpha * x0 + sigma * eps, index.float(), vector=cond).float()
         return F.mse_loss(found, v)
 
-    train(net, loss, folder, budget)
+    train(net, loss, out / "unet", budget)
 
 
 def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
@@ -234,9 +233,9 @@ def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np
         return joint.embed_text(states.tokens.float(), states.mask).unflatten(0, (-1, CAPTIONS))
 
     shape = (count, config()["autoencoder"]["latent"], frames // 4, bands // 4)
-    latents = clips.cached("latents", shape, encode)
-    audio = clips.cached("audio_embeddings", (count, 512), hear)
-    texts = clips.cached("text_embeddings", (count, CAPTIONS, 512), read)
+    latents = cached(out / "latents.npy", shape, encode)
+    audio = cached(out / "audio_embeddings.npy", (count, 512), hear)
+    texts = cached(out / "text_embeddings.npy", (count, CAPTIONS, 512), read)
     scale = 1 / float(np.asarray(latents[clips.rows[::7]], np.float32).std())
     return latents, audio, texts, scale
 
@@ -248,7 +247,7 @@ def load(net: nn.Module, run: Path) -> nn.Module:
 
 def export(clips: Clips, out: Path, to: Path) -> None:
     """Writes the averaged networks in half precision, and prints what the model's card needs to know."""
-    for name in ("vocoder", "autoencoder", "joint", "latent"):
+    for name in RECIPES:
         tensors = {k: v.half().contiguous() for k, v in averaged(out / name).items()}
         with atomic_write(to / f"audioldm-mini-{name}.safetensors") as temporary:
             save_file(tensors, temporary)
@@ -259,7 +258,7 @@ RECIPES: dict[str, Callable[[Clips, Path, Budget], None]] = {
     "vocoder": train_vocoder,
     "autoencoder": train_autoencoder,
     "joint": train_joint,
-    "latent": train_latent,
+    "unet": train_unet,
 }
 
 

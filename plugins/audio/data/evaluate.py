@@ -1,26 +1,25 @@
 """Is what a model made what was asked for? Notes and instruments, checked by listening networks.
 
-    python -m mdiff.plugins.audio.data.evaluate --data DIR --classifier FILE [--generated DIR]
+    python -m mdiff.plugins.audio.data.evaluate --data DIR [--classifier FILE]
+    python -m mdiff.plugins.audio.data.evaluate --data DIR --model audio --out DIR
 
-Without `--generated` the data set's own held-out clips are judged: what a perfect model would get.
-A folder of generated clips holds WAV files and an `index.jsonl`, each line a clip's attributes (as
-in the data set's index) and the name of its `file`. `asked` lists the clips to generate.
+Without `--model` the data set's own held-out clips are judged: what a perfect model would get. With
+one, a sound is made for every held-out pair of instrument and note, asked for by its plain caption;
+those that are in the folder already are not made again.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from numpy.typing import NDArray
 
-from mdiff.core.errors import MissingError
-from mdiff.plugins.audio.data.captions import Clip, from_row
+from mdiff.core import host, pipeline, registry, request
+from mdiff.plugins.audio import io
+from mdiff.plugins.audio.data.captions import Clip, plain
 from mdiff.plugins.audio.data.recipe import held_out
 from mdiff.plugins.audio.data.store import load, to_float
 from mdiff.plugins.audio.metrics import (
@@ -74,17 +73,19 @@ def real(data: Path) -> Iterator[tuple[Clip, Wave]]:
             yield clip, to_float(wave)
 
 
-def generated(folder: Path) -> Iterator[tuple[Clip, Wave]]:
-    """The clips of a folder of WAV files with an index; raises MissingError where it has none."""
-    index = folder / "index.jsonl"
-    if not index.is_file():
-        raise MissingError(f"{folder} has no index.jsonl with a clip and its `file` in each line")
-    for line in index.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        wave, rate = soundfile.read(folder / row["file"], dtype="float32", always_2d=True)
-        if rate != RATE:
-            raise ValueError(f"{row['file']} is at {rate} Hz; the listeners want {RATE} Hz")
-        yield replace(from_row(row), split="held_out"), wave.mean(axis=1)
+def made(model: str, out: Path, **fields: object) -> Iterator[tuple[Clip, Wave]]:
+    """What a model makes of `asked`, clip k with seed k; `fields` are request fields (steps, guidance, ...)."""
+    here = host.current()
+    models = registry.load(here)
+    card = models.resolve(model)
+    clips = asked()
+    requests = [
+        request.resolve(card, {"text": plain(clip), "seed": k, **fields}, here)
+        for k, clip in enumerate(clips)
+    ]
+    outputs = pipeline.run(pipeline.plan(requests, models, out), here, resume=True)
+    for clip, output in zip(clips, outputs, strict=True):
+        yield clip, io.read(output.path, rate=RATE, channels=1)["audio"][0].numpy()
 
 
 def table(result: Report, top: int = 12) -> str:
@@ -106,11 +107,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mdiff.plugins.audio.data.evaluate", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that the recipe wrote")
     parser.add_argument("--classifier", type=Path, help="default: classifier.safetensors in --data")
-    parser.add_argument("--generated", type=Path, help="folder of generated clips to judge instead")
+    parser.add_argument("--model", help="judge what this model makes instead")
+    parser.add_argument("--out", type=Path, help="folder of what it makes")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     classifier = load_classifier(options.classifier or options.data / "classifier.safetensors")
-    clips = generated(options.generated) if options.generated else real(options.data)
+    if bool(options.model) != bool(options.out):
+        parser.error("--model and --out go together")
+    fields = {"steps": options.steps, "guidance": options.guidance}
+    clips = made(options.model, options.out, **fields) if options.model else real(options.data)
     result = evaluate(clips, NoteReader(), classifier)
     print(table(result), file=sys.stderr)
     print(result.to_json())
