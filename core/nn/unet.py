@@ -22,7 +22,7 @@ from mdiff.core.nn.layers import (
 )
 
 
-class _Blocks(nn.Sequential):
+class _Blocks(nn.ModuleList):
     """A row of blocks that all take (x, emb, context); a bare convolution (the stem) takes x alone."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
@@ -104,7 +104,7 @@ class UNet(nn.Module):
 
         conv = CONV[axes]
         c = channels * multipliers[0]
-        self.input_blocks = nn.ModuleList([_Blocks(conv(in_channels, c, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([_Blocks([conv(in_channels, c, 3, padding=1)])])
         skips = [c]
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
@@ -112,12 +112,12 @@ class UNet(nn.Module):
                 c = channels * multiplier
                 if level in attention:
                     row.append(attend(c))
-                self.input_blocks.append(_Blocks(*row))
+                self.input_blocks.append(_Blocks(row))
                 skips.append(c)
             if level < len(multipliers) - 1:
-                self.input_blocks.append(_Blocks(Downsample(axes, c)))
+                self.input_blocks.append(_Blocks([Downsample(axes, c)]))
                 skips.append(c)
-        self.middle_block = _Blocks(residual(c, c), attend(c), residual(c, c))
+        self.middle_block = _Blocks([residual(c, c), attend(c), residual(c, c)])
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(blocks + 1):
@@ -127,7 +127,7 @@ class UNet(nn.Module):
                     row.append(attend(c))
                 if level > 0 and i == blocks:
                     row.append(Upsample(axes, c))
-                self.output_blocks.append(_Blocks(*row))
+                self.output_blocks.append(_Blocks(row))
         self.out = nn.Sequential(
             nn.GroupNorm(groups, c), nn.SiLU(), zero(conv(c, out_channels, 3, padding=1))
         )

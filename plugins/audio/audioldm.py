@@ -30,6 +30,16 @@ def to_mel(image: Tensor) -> Tensor:
     return (image[:, 0] * 4.0 - 5.0).transpose(1, 2)
 
 
+def samples(request: Request) -> int:
+    """The length of a request in samples: its duration, which the card's defaults always give."""
+    return round((request.duration or 0.0) * RATE)
+
+
+def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
+    """What a plain network asks of the sampler."""
+    return Problem(shape=())
+
+
 def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     """The model of a card, with random weights; `config` gives the arguments of each network."""
     config = card.config
@@ -49,53 +59,50 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     # one latent row is four frames, and the UNet halves rows once per level
     frames_step = 4 * unet.factor
 
-    def embed(text: str) -> Tensor:
-        states = encoder.encode([text])
+    def embed(text: str | None) -> Tensor:
+        """The joint embedding of a text (1, width); that of the empty text where there is none."""
+        states = encoder.encode([text or ""])
         return joint.embed_text(states.tokens.to(device).float(), states.mask.to(device))
 
+    channels = config["unet"]["in_channels"]
+
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
-        frames = -(-round(request.duration * RATE) // HOP)
+        frames = -(-samples(request) // HOP)
         frames = -(-frames // frames_step) * frames_step
         copies = int(request.options["candidates"])
-        cond, uncond = embed(request.text), embed(request.negative or "")
+        cond, uncond = embed(request.text), embed(request.negative)
         carry["text"] = cond
         return Problem(
-            shape=(unet_channels, frames // 4, 16),
+            shape=(channels, frames // 4, 16),
             cond={"vector": cond.expand(copies, -1)},
             uncond={"vector": uncond.expand(copies, -1)},
             copies=copies,
         )
 
-    unet_channels = config["unet"]["in_channels"]
-
     def keep_latent(
-        request: Request, problem: Problem, x: Tensor, carry: dict[str, Any]
+        request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
-        return carry | {"latent": x.float() / config["latent_scale"]}
-
-    def nothing(request: Request, carry: dict[str, Any]) -> Problem:
-        return Problem(shape=(), cond={}, uncond=None)
+        assert x is not None  # a stage with a denoiser is given its sample
+        return {"latent": x.float() / config["latent_scale"]}
 
     def decode(
-        request: Request, problem: Problem, x: None, carry: dict[str, Any]
+        request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
         mels = to_mel(autoencoder.decode(carry["latent"]))
         similarity = joint.embed_audio(mels) @ carry["text"][0]
-        best = int(similarity.argmax())
-        return carry | {"mel": mels[best], "similarity": float(similarity[best])}
+        return {"mel": mels[similarity.argmax()]}
 
     def vocode(
-        request: Request, problem: Problem, x: None, carry: dict[str, Any]
+        request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
-        wave = griffin_lim(vocoder(carry["mel"][None]))
-        wave = wave[:, : round(request.duration * RATE)]
-        return carry | {"sample": {"audio": wave.cpu(), "rate": RATE}}
+        wave = griffin_lim(vocoder(carry["mel"][None]))[:, : samples(request)]
+        return {"sample": {"audio": wave.cpu(), "rate": RATE}}
 
     return Model(
         modules=dict(modules),
         stages=(
             Stage(name="latent", prepare=prepare, denoiser=denoiser, finish=keep_latent),
-            Stage(name="mel", prepare=nothing, denoiser=None, finish=decode),
-            Stage(name="waveform", prepare=nothing, denoiser=None, finish=vocode),
+            Stage(name="mel", prepare=no_problem, denoiser=None, finish=decode),
+            Stage(name="waveform", prepare=no_problem, denoiser=None, finish=vocode),
         ),
     )

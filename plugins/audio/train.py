@@ -1,7 +1,7 @@
 """The recipe of the shipped text-to-audio model: four networks, trained one after another.
 
-    python -m mdiff.plugins.audio.train vocoder     --data DIR --out RUN --minutes 20
     python -m mdiff.plugins.audio.train autoencoder --data DIR --out RUN --minutes 20
+    python -m mdiff.plugins.audio.train vocoder     --data DIR --out RUN --minutes 20
     python -m mdiff.plugins.audio.train joint       --data DIR --out RUN --minutes 15
     python -m mdiff.plugins.audio.train unet        --data DIR --out RUN --minutes 60
     python -m mdiff.plugins.audio.train export      --out RUN --to DIR
@@ -15,8 +15,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,18 +32,21 @@ from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.core.record import atomic_write
 from mdiff.core.training import Budget, averaged, train
-from mdiff.plugins.audio.audioldm import to_image
+from mdiff.plugins.audio.audioldm import to_image, to_mel
 from mdiff.plugins.audio.data.captions import Clip, plain, varied
 from mdiff.plugins.audio.data.store import load as load_clips
 from mdiff.plugins.audio.data.store import to_float
 from mdiff.plugins.audio.nets.joint import JointEmbedding
-from mdiff.plugins.audio.nets.mel import BANDS, FLOOR, HOP, log_mel, magnitude
+from mdiff.plugins.audio.nets.mel import BANDS, FLOOR, HOP, log_mel, magnitude, to_log_mel
 from mdiff.plugins.audio.nets.vocoder import MelInverter
 
 MODEL = "audio/audioldm-mini"  # its card in registry.toml says which networks
 KL_WEIGHT = 1e-3
 DROP = 0.1
 CAPTIONS = 8  # wordings kept per clip
+
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def config() -> Mapping[str, Any]:
@@ -112,18 +116,27 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 
 def train_vocoder(clips: Clips, out: Path, budget: Budget) -> None:
     net = MelInverter(**config()["vocoder"])
+    decoded = decoded_mels(clips, out)
+    frames = 128
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = clips.draw(generator, 12)
-        gain = 10 ** (uniform(generator, -12, 3, len(rows), 1) / 20)
-        wave = (pick(clips.waves, rows) / 32768) * gain
-        target = torch.log(magnitude(wave).clamp(min=FLOOR))
-        start = int(torch.randint(target.shape[-1] - 127, (1,), generator=generator))
-        target = target[..., start : start + 128]
-        found = net(log_mel(wave)[..., start : start + 128]).float()
-        near = (found - target).abs().mean()
+        start = int(torch.randint(clips.mels.shape[-1] - frames + 1, (1,), generator=generator))
+        wave = pick(clips.waves[:, start * HOP : (start + frames) * HOP], rows) / 32768
+        target = magnitude(wave)
+        # half of the mels are what the autoencoder makes of them, as when it is used
+        mel = pick(decoded[..., start : start + frames], rows)
+        real = uniform(generator, 0, 1, len(rows), 1, 1) < 0.5
+        mel = torch.where(real, to_log_mel(target), mel)
+        gain = uniform(generator, -1.4, 0.35, len(rows), 1, 1)
+        mel, target = mel + gain, target * gain.exp()
+        # the ends of a crop are reflections, which the whole clip does not have
+        inner = slice(4, -4)
+        found = net(mel).float()[..., inner]
+        target = target.clamp(min=FLOOR)[..., inner]
+        near = (found - target.log()).abs().mean()
         # peaks carry the pitch: the second term weighs errors by the square root of the magnitude
-        peaks = ((found / 2).exp() - (target / 2).exp()).abs().mean()
+        peaks = ((found / 2).exp() - target.sqrt()).abs().mean()
         return near + 20 * peaks
 
     train(net, loss, out / "vocoder", budget)
@@ -213,6 +226,17 @@ def train_unet(clips: Clips, out: Path, budget: Budget) -> None:
     train(net, loss, out / "unet", budget)
 
 
+def decoded_mels(clips: Clips, out: Path) -> np.ndarray:
+    """What the autoencoder makes of the log-mels (N, 64, T)."""
+    net = load(AutoencoderKL(**config()["autoencoder"]), out / "autoencoder")
+
+    def decode(rows: slice) -> Tensor:
+        image = to_image(torch.from_numpy(clips.mels[rows].astype(np.float32)))
+        return to_mel(net.decode(net.encode(image).mean))
+
+    return cached(out / "decoded.npy", clips.mels.shape, decode, batch=16)
+
+
 def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Latents (N, 4, T/4, 16), audio embeddings (N, 512), caption embeddings (N, CAPTIONS, 512), latent scale."""
     encoder = text_encoder(config()["text_encoder"])
@@ -222,10 +246,10 @@ def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np
     count, bands, frames = mels.shape
 
     def encode(rows: slice) -> Tensor:
-        return net.encode(to_image(torch.from_numpy(mels[rows]).float())).mean
+        return net.encode(to_image(torch.from_numpy(mels[rows].astype(np.float32)))).mean
 
     def hear(rows: slice) -> Tensor:
-        return joint.embed_audio(torch.from_numpy(mels[rows]).float())
+        return joint.embed_audio(torch.from_numpy(mels[rows].astype(np.float32)))
 
     def read(rows: slice) -> Tensor:
         texts = [t for i in range(rows.start, rows.stop) for t in wordings(clips.all[i], i)]
@@ -240,23 +264,27 @@ def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np
     return latents, audio, texts, scale
 
 
-def load(net: nn.Module, run: Path) -> nn.Module:
+def load(net: Net, run: Path) -> Net:
     net.load_state_dict(averaged(run))
     return net.eval().requires_grad_(False)
 
 
 def export(clips: Clips, out: Path, to: Path) -> None:
-    """Writes the averaged networks in half precision, and prints what the model's card needs to know."""
-    for name in RECIPES:
-        tensors = {k: v.half().contiguous() for k, v in averaged(out / name).items()}
-        with atomic_write(to / f"audioldm-mini-{name}.safetensors") as temporary:
-            save_file(tensors, temporary)
+    """Writes the averaged networks in half precision, and prints what changes in the model's card."""
     print(f"latent_scale = {prepare_latents(clips, out)[3]:.4f}")
+    for name in RECIPES:
+        path = to / f"audioldm-mini-{name}.safetensors"
+        tensors = {k: v.half().contiguous() for k, v in averaged(out / name).items()}
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary)
+        data = path.read_bytes()
+        print(f'\n[[models."{MODEL}".files]]\nname = "plugins/audio/weights/{path.name}"')
+        print(f'sha256 = "{sha256(data).hexdigest()}"\nsize = {len(data)}\nmodule = "{name}"')
 
 
 RECIPES: dict[str, Callable[[Clips, Path, Budget], None]] = {
-    "vocoder": train_vocoder,
     "autoencoder": train_autoencoder,
+    "vocoder": train_vocoder,
     "joint": train_joint,
     "unet": train_unet,
 }

@@ -22,14 +22,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["linear", "cosine", "ve"])
 @given(
-    kind=st.sampled_from(KINDS),
-    name=st.sampled_from(["linear", "cosine", "vp_linear", "ve"]),
     t=st.floats(0.01, 0.95),
     shape=st.sampled_from(SHAPES),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_what_the_data_and_noise_would_say_gives_the_data_back(
     kind: str, name: str, t: float, shape: tuple[int, ...], seed: int
 ) -> None:
@@ -105,7 +105,9 @@ def test_the_network_computes_in_its_own_type_and_x0_in_that_of_x() -> None:
     assert denoise(torch.zeros(1, 3), 1.0).x0.dtype == torch.float32
     assert denoise(torch.zeros(1, 3, dtype=torch.float64), 1.0).x0.dtype == torch.float64
     # bfloat16 cannot count to a thousand: the time keeps its own type
-    assert net.seen == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float64]
+    denoise(torch.zeros(1, 3, dtype=torch.bfloat16), 1.0)
+    assert net.seen[::2] == [torch.bfloat16] * 3
+    assert net.seen[1::2] == [torch.float32, torch.float64, torch.float32]
     assert denoise.device.type == "cpu"
 
 

@@ -132,6 +132,23 @@ def test_ddim_with_eta_one_is_ddpm(schedule: Schedule, shape: tuple[int, ...]) -
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.6, 1.0])
+def test_ddim_is_that_of_the_paper(eta: float) -> None:
+    """Song et al., 2021, eq. 12 and 16, in their alpha, which is alpha^2 here."""
+    schedule = schedules.linear()
+    denoise, x = smooth(schedule), start(schedule, (3, 9), 0.5)
+    for t, s in ((1000, 750), (500, 499), (30, 10)):
+        at = schedule.at(t / 1000), schedule.at(s / 1000)
+        (bar_t, bar_s), x0 = (time.alpha**2 for time in at), denoise(x, at[0]).x0
+        eps = (x - bar_t**0.5 * x0) / (1 - bar_t) ** 0.5
+        std = eta * ((1 - bar_s) / (1 - bar_t)) ** 0.5 * (1 - bar_t / bar_s) ** 0.5
+        z = noise.from_seeds([4, 5], (3, 9)).draw(dtype=x.dtype)
+        expected = bar_s**0.5 * x0 + (1 - bar_s - std**2) ** 0.5 * eps + std * z
+        streams = noise.from_seeds([4, 5], (3, 9))
+        found, _ = samplers.DDIM(eta=eta).step(denoise, x, *at, {}, streams)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_ddpm_is_the_posterior_of_the_paper(variance: str) -> None:
     """Ho et al., 2020, eq. 6 and 7, over consecutive entries of the table."""

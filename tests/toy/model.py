@@ -51,7 +51,9 @@ def build(config, device, dtype):
         return {"coarse": x[x.sum((1, 2)).argmax()]}
 
     def again(request, carry):
-        return Problem(shape=tuple(carry["coarse"].shape), cond={"mean": carry["coarse"].mean()[None, None]})
+        return Problem(
+            shape=tuple(carry["coarse"].shape), cond={"mean": carry["coarse"].mean()[None, None]}
+        )
 
     def fine(request, problem, x, carry):
         return {"fine": carry["coarse"] + 0.1 * x[0]}
@@ -65,6 +67,8 @@ def build(config, device, dtype):
         stages=(
             Stage(name="coarse", prepare=prepare, denoiser=denoiser, finish=choose),
             Stage(name="fine", prepare=again, denoiser=denoiser, finish=fine),
-            Stage(name="decode", prepare=lambda r, c: Problem(shape=()), denoiser=None, finish=decode),
+            Stage(
+                name="decode", prepare=lambda r, c: Problem(shape=()), denoiser=None, finish=decode
+            ),
         ),
     )

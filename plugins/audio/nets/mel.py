@@ -33,4 +33,9 @@ def filterbank() -> Tensor:
 
 def log_mel(wave: Tensor) -> Tensor:
     """Natural log of the mel magnitudes: wave (B, N) in [-1, 1] -> (B, 64, N / 160)."""
-    return torch.log(torch.clamp(filterbank().to(wave) @ magnitude(wave), min=FLOOR))
+    return to_log_mel(magnitude(wave))
+
+
+def to_log_mel(magnitude: Tensor) -> Tensor:
+    """Magnitudes (B, 513, T) -> natural log of the mel magnitudes (B, 64, T)."""
+    return torch.log(torch.clamp(filterbank().to(magnitude) @ magnitude, min=FLOOR))
