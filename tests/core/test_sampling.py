@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,14 @@ def test_interrupted_and_resumed_is_bit_equal(
         fresh = noise.from_seeds([8, 9], shape)
         found = sample(denoiser(), fresh, sampler=sampler, grid=GRID, resume=restored)
         assert torch.equal(found, expected)
+
+
+def test_what_is_saved_shares_no_memory(tmp_path: Path) -> None:
+    state = next(steps(denoiser(), noise.from_seeds([3], (2, 9)), grid=GRID))
+    same = replace(state, sampler_state={"x0": state.x, "turned": state.x.mT})
+    save_file(same.save(), tmp_path / "state.safetensors")
+    restored = State.restore(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(restored.sampler_state["turned"], state.x.mT)
 
 
 @each_sampler
@@ -163,9 +172,11 @@ def test_a_value_that_is_not_finite_is_reported_where_it_arose(
     step, t = (5, 0.6) if sampler.evaluations == 2 else (6, 0.5)
     sigma = schedules.linear().at(t).sigma
     message = rf"step {step} of 10 \(t = {t}, sigma = {sigma:.4g}\)"
+    seen: list[State] = []
+    streams = noise.from_seeds([1, 2], (3, 8))
     with pytest.raises(NonFiniteError, match=message):
-        streams = noise.from_seeds([1, 2], (3, 8))
-        sample(denoise, streams, sampler=sampler, grid=grids.trailing(10))
+        sample(denoise, streams, sampler=sampler, grid=grids.trailing(10), on_step=seen.append)
+    assert len(seen) == step - 1
 
 
 def test_several_unread_steps_are_told_apart() -> None:

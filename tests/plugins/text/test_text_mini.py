@@ -1,6 +1,7 @@
 """The shipped text encoder: what models may rely on, and that its recipe learns."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from mdiff.plugins.text.mini import MiniEncoder, MiniNet
 NOTES = [
     f"{letter}{sign}{octave}" for letter in "CDEFGAB" for sign in ("", "#", "b") for octave in "34"
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on several threads, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +142,13 @@ def toy() -> tuple[list[str], Tokenizer]:
 def test_distillation_learns_a_toy_corpus() -> None:
     torch.manual_seed(0)
     texts, tokenizer = toy()
-    labels = torch.nn.functional.normalize(torch.randn(len(texts), 384), dim=-1)
+    labels = torch.nn.functional.normalize(torch.randn(len(texts), 64), dim=-1)
     ids = distil.token_ids(tokenizer, texts)
-    net = MiniNet(tokenizer.get_vocab_size(), width=64, depth=1, hidden=64)
+    net = MiniNet(tokenizer.get_vocab_size(), width=64, depth=1, hidden=64, pooled=64)
     distil.initialise(net, ids, labels)
     steps = distil.optimiser(net)
     losses = [distil.update(net, steps, torch.tensor(ids), labels) for _ in range(30)]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_a_saved_encoder_comes_back(tmp_path: Path) -> None:
@@ -148,11 +158,20 @@ def test_a_saved_encoder_comes_back(tmp_path: Path) -> None:
     back = evaluate.unverified(tmp_path)
     same = MiniEncoder(net, tokenizer).encode(texts).pooled * back.encode(texts).pooled
     assert same.sum(-1).min() > 0.999
-    larger = tokens.train_tokenizer([*texts, "green bird"], 100, 90)
-    grown = MiniNet(larger.get_vocab_size(), width=64, depth=2, hidden=96, pooled=32)
-    distil.resume(grown, larger, back)
-    again = MiniEncoder(grown, larger).encode(texts).pooled
-    torch.testing.assert_close(again, back.encode(texts).pooled)
+
+
+def test_growing_the_vocabulary_changes_no_old_text() -> None:
+    torch.manual_seed(0)
+    texts, tokenizer = toy()
+    net = MiniNet(tokenizer.get_vocab_size(), width=64, depth=1, hidden=64, pooled=64)
+    more = [*texts, "green bird", "green bird", "purple fish"]
+    larger = tokens.grown(tokenizer, more, tokenizer.get_vocab_size() + 3, {"purple"}, ["a fish"])
+    added = set(larger.get_vocab()) - set(tokenizer.get_vocab())
+    assert added == {"purple", "green", "bird"}
+    labels = torch.nn.functional.normalize(torch.randn(len(more), 64), dim=-1)
+    bigger = distil.grow(net, tokenizer, larger, distil.token_ids(larger, more), labels)
+    before, after = MiniEncoder(net, tokenizer), MiniEncoder(bigger, larger)
+    assert torch.equal(before.encode(texts).tokens, after.encode(texts).tokens)
 
 
 def test_held_out_strings_are_no_training_texts() -> None:
