@@ -8,6 +8,7 @@ from pathlib import Path
 import mdiff
 from mdiff.core import record, request
 from mdiff.core.errors import MdiffError
+from mdiff.core.hooks import ModelCard
 from mdiff.core.host import line
 from mdiff.core.registry import Registry
 from mdiff.core.testing import Check
@@ -37,21 +38,20 @@ def examine(registry: Registry, out: Path) -> Iterator[Check]:
         )
     for problem in registry.problems:
         yield Check("registry", False, problem)
-    for card in registry.cards.values():
-        yield _weights(card.id, registry)
+    for card in (*registry.cards.values(), *registry.encoders.values()):
+        yield _weights(card)
     yield _writable(out)
 
 
-def _weights(id: str, registry: Registry) -> Check:
+def _weights(card: ModelCard) -> Check:
     from mdiff.core.weights import verified
 
-    card = registry.cards[id]
     try:
         size = sum(len(verified(card.root / file.name, file)) for file in card.files)
     except MdiffError as error:
-        return Check(f"weights {id}", False, str(error))
+        return Check(f"weights {card.id}", False, str(error))
     return Check(
-        f"weights {id}", True, f"{len(card.files)} files, {size / 1e6:.1f} MB, sha256 right"
+        f"weights {card.id}", True, f"{len(card.files)} files, {size / 1e6:.1f} MB, sha256 right"
     )
 
 

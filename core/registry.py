@@ -44,10 +44,14 @@ _TEXTS = ("system", "summary", "licence", "source")
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
-    """The models at hand. `problems` holds a line for each registry.toml that could not be used."""
+    """The models at hand. `problems` holds a line for each registry.toml that could not be used.
+
+    `encoders` are cards of text encoders: weights that ship, but nothing that runs by itself.
+    """
 
     host: Host
     cards: Mapping[str, ModelCard] = field(default_factory=dict)
+    encoders: Mapping[str, ModelCard] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -97,18 +101,22 @@ def load(host: Host) -> Registry:
         if path is not None:
             owners.setdefault(path, []).append(record.name)
     cards: dict[str, ModelCard] = {}
+    encoders: dict[str, ModelCard] = {}
     defaults: dict[str, str] = {}
     problems: list[str] = []
     usable = set(host.names())
     for path, plugins in owners.items():
         try:
-            found, chosen = read(path, plugins)
+            found, chosen, listening = read(path, plugins)
         except UsageError as error:
             problems.append(str(error))
             continue
         cards |= {id: card for id, card in found.items() if card.plugin in usable}
+        encoders |= {id: card for id, card in listening.items() if card.plugin in usable}
         defaults |= {name: id for name, id in chosen.items() if found[id].plugin in usable}
-    return Registry(host=host, cards=cards, defaults=defaults, problems=tuple(problems))
+    return Registry(
+        host=host, cards=cards, encoders=encoders, defaults=defaults, problems=tuple(problems)
+    )
 
 
 def find(module: str) -> Path | None:
@@ -135,7 +143,7 @@ def read_folder(folder: Path, host: Host) -> ModelCard:
         UsageError: the file is wrong, or it has several models and no default.
         MissingError: the plugin that builds the model is not installed.
     """
-    cards, defaults = read(folder / NAME, None)
+    cards, defaults, _ = read(folder / NAME, None)
     if len(cards) > 1 and len(defaults) != 1:
         raise UsageError(
             f"{folder} holds {', '.join(cards)}: name one under [defaults] in its {NAME}"
@@ -149,8 +157,8 @@ def read_folder(folder: Path, host: Host) -> ModelCard:
 
 def read(
     path: Path, plugins: Collection[str] | None
-) -> tuple[dict[str, ModelCard], dict[str, str]]:
-    """The cards and the defaults of a registry.toml, checked strictly.
+) -> tuple[dict[str, ModelCard], dict[str, str], dict[str, ModelCard]]:
+    """The cards of models, the defaults and the cards of encoders of a registry.toml, checked strictly.
 
     Args:
         plugins: the plugins that may have models in it, None for any.
@@ -163,9 +171,11 @@ def read(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}") from error
     check = _Checker(str(path))
-    check.keys("", table, ("defaults", "models"))
-    models = check.typed("", table, "models", dict, {})
-    cards = {id: _card(check, id, entry, path.parent, plugins) for id, entry in models.items()}
+    check.keys("", table, ("defaults", "models", "encoders"))
+    cards, encoders = (
+        {id: _card(check, id, entry, path.parent, plugins) for id, entry in entries.items()}
+        for entries in (check.typed("", table, kind, dict, {}) for kind in ("models", "encoders"))
+    )
     defaults = check.typed("", table, "defaults", dict, {})
     for name, id in defaults.items():
         check.that(id in cards, "defaults", f"{name} = {id!r} is not a model of this file")
@@ -177,7 +187,7 @@ def read(
             "defaults",
             f"{name!r} is not a plugin of this file with that model",
         )
-    return cards, defaults
+    return cards, defaults, encoders
 
 
 @dataclass(frozen=True)
