@@ -87,7 +87,7 @@ def test_the_example_media_keep_sample_and_record(tmp_path):
 def test_the_example_registry_is_right(tmp_path):
     (block,) = blocks("mdiff_models", "toml")
     (tmp_path / "registry.toml").write_text(block)
-    cards, defaults = registry.read(tmp_path / "registry.toml", ["example"])
+    cards, defaults, _ = registry.read(tmp_path / "registry.toml", ["example"])
     assert defaults == {"example": "example/chairs"}
     assert cards["example/chairs"].options[0].maximum == 2048
 
