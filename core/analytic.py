@@ -1,9 +1,11 @@
-r"""Data for which everything is known: N(mean, std^2), independent in each entry.
+r"""Data for which everything is known: a normal, or a mixture of them, independent in each entry.
 
-Its denoiser and its probability flow have closed forms on every schedule, which makes it the
-yardstick for samplers, guidance and likelihoods, here and in other packages.
+The denoiser, the score and the density have closed forms on every schedule (and the probability
+flow of the normal has one), which makes them the yardstick for samplers, guidance and likelihoods,
+here and in other packages.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mdiff.core.denoiser import Prediction
-from mdiff.core.schedules import Schedule, Time, blend
+from mdiff.core.errors import UsageError
+from mdiff.core.schedules import Schedule, Time, blend, pad
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,3 +54,81 @@ class Gaussian:
 
     def _variance(self, at: Time[Any]) -> Any:
         return at.alpha**2 * self.std**2 + at.sigma**2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixture:
+    """The exact denoiser of a mixture of normals of one std, drawn anew in each entry.
+
+    Raises:
+        UsageError: weights and means are not as many, or the weights do not add up to one.
+    """
+
+    schedule: Schedule
+    means: tuple[float, ...] = (-1.0, 1.0)
+    weights: tuple[float, ...] = (0.5, 0.5)
+    std: float = 0.25
+    predicts: ClassVar[str] = "x0"
+
+    def __post_init__(self) -> None:
+        whole = math.isclose(sum(self.weights), 1.0) and min(self.weights, default=0) > 0
+        if len(self.means) != len(self.weights) or not whole:
+            raise UsageError(
+                f"a mixture has a weight for each mean, positive and 1 together, not means "
+                f"{self.means} and weights {self.weights}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Anywhere; the CPU unless x is given."""
+        return torch.device("cpu")
+
+    def bind(self, **cond: Any) -> "Mixture":
+        """Itself: nothing conditions this data."""
+        del cond
+        return self
+
+    def __call__(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Prediction:
+        """E[x_0 | x_t = x]. Shapes: x (B, C, *axes); t one number, or one per sample (B,)."""
+        alpha, variance, logits = self._modes(x, t)
+        gain = alpha * self.std**2 / variance
+        return Prediction(x0=gain * x + (1 - gain * alpha) * self._mean(logits))
+
+    def score(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Tensor:
+        """The gradient of `log_density`, of x's shape."""
+        alpha, variance, logits = self._modes(x, t)
+        return (alpha * self._mean(logits) - x) / variance
+
+    def log_density(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Tensor:
+        """log p_t(x) of each sample, (B,), in nats."""
+        _, variance, logits = self._modes(x, t)
+        each = logits.logsumexp(0) - (2 * math.pi * variance).log() / 2
+        return each.flatten(1).sum(1)
+
+    def moments(self, t: float) -> tuple[float, float]:
+        """Mean and variance of every entry of x_t."""
+        at = self.schedule.at(t)
+        mean = sum(w * m for w, m in zip(self.weights, self.means, strict=True))
+        square = sum(w * m**2 for w, m in zip(self.weights, self.means, strict=True))
+        return at.alpha * mean, at.alpha**2 * (self.std**2 + square - mean**2) + at.sigma**2
+
+    def _modes(self, x: Tensor, t: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, the variance of a mode of x_t, and each mode's log-weight at x (modes first)."""
+        at = self.schedule.at(t)
+        alpha, sigma = (
+            pad(torch.as_tensor(c, dtype=torch.float64, device=x.device), x)
+            for c in (at.alpha, at.sigma)
+        )
+        variance = alpha**2 * self.std**2 + sigma**2
+        logits = [
+            math.log(w) - (x - alpha * m) ** 2 / (2 * variance)
+            for w, m in zip(self.weights, self.means, strict=True)
+        ]
+        return alpha, variance, torch.stack(logits)
+
+    def _mean(self, logits: Tensor) -> Tensor:
+        """The mean of the modes' means, weighted by how likely each is."""
+        likely = logits.softmax(0)
+        return sum(
+            (p * m for p, m in zip(likely, self.means, strict=True)), torch.zeros_like(logits[0])
+        )
