@@ -10,14 +10,16 @@ in it: which x0, and which sigma_s. Dividing by alpha turns it into a straight l
 alpha, where classical ODE methods work.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mdiff.core.denoiser import Denoise
 from mdiff.core.noise import Noise
-from mdiff.core.schedules import Time, blend
+from mdiff.core.schedules import Schedule, Time, blend
 
 Memory = Mapping[str, Any]
 """Tensors and floats that a sampler keeps from earlier steps; empty before the first."""
@@ -46,3 +48,18 @@ def move(x: Tensor, x0: Tensor, t: Time[float], s: Time[float]) -> Tensor:
     """Along the probability flow from t to s, if the denoiser says x0 all the way."""
     ratio = s.sigma / t.sigma
     return blend(ratio, x, s.alpha - ratio * t.alpha, x0)
+
+
+def renoise(x: Tensor, t: Time[float], s: Time[float], z: Tensor) -> Tensor:
+    """The way back, from t to more noise at s: x (alpha_s / alpha_t) + what z is to add."""
+    ratio = s.alpha / t.alpha
+    return blend(ratio, x, math.sqrt(max(0.0, s.sigma**2 - (ratio * t.sigma) ** 2)), z)
+
+
+def at_log_snr(schedule: Schedule, log_snr: float) -> Time[float]:
+    """The time of this log-SNR; the first or the last time where the schedule never has it."""
+    t = schedule.at(schedule.time(torch.tensor(log_snr, dtype=torch.float64)).item())
+    if not (0 < t.value < 1):
+        return t
+    # sigma of the log-SNR as it was asked for: tables round times that are close to an entry
+    return t._replace(sigma=t.alpha * math.exp(-log_snr / 2), log_snr=log_snr)
