@@ -6,18 +6,48 @@ from typing import Any
 from mdiff.core.names import make
 from mdiff.core.samplers.ancestral import DDIM, DDPM
 from mdiff.core.samplers.base import Memory, Sampler, move
-from mdiff.core.samplers.multistep import DPMpp2M
+from mdiff.core.samplers.multistep import (
+    PNDM,
+    Multistep,
+    deis,
+    dpm_1,
+    dpm_2m,
+    dpm_3m,
+    dpmpp_2m,
+    dpmpp_3m,
+    gradient_estimation,
+    ipndm,
+    ipndm_v,
+    lms,
+    plms,
+    pndm,
+    res_multistep,
+)
 from mdiff.core.samplers.runge_kutta import Euler, Heun
+from mdiff.core.samplers.singlestep import (
+    DPMAdaptive,
+    Singlestep,
+    dpm2,
+    dpm_2s,
+    dpm_3s,
+    dpmpp_2s,
+    dpmpp_3s,
+)
+from mdiff.core.samplers.unipc import UniPC
 
 __all__ = [
     "DDIM",
     "DDPM",
     "NAMES",
-    "DPMpp2M",
+    "PNDM",
+    "DPMAdaptive",
     "Euler",
     "Heun",
     "Memory",
+    "Multistep",
     "Sampler",
+    "Singlestep",
+    "UniPC",
     "from_name",
     "move",
 ]
@@ -27,7 +57,27 @@ NAMES: dict[str, Callable[..., Sampler]] = {
     "ddim": DDIM,
     "euler": Euler,
     "heun": Heun,
-    "dpmpp_2m": DPMpp2M,
+    "dpm2": dpm2,
+    "lms": lms,
+    "ipndm": ipndm,
+    "ipndm_v": ipndm_v,
+    "pndm": pndm,
+    "plms": plms,
+    "gradient_estimation": gradient_estimation,
+    "deis": deis,
+    "dpm_1": dpm_1,
+    "dpm_2m": dpm_2m,
+    "dpm_3m": dpm_3m,
+    "dpm_2s": dpm_2s,
+    "dpm_3s": dpm_3s,
+    "dpm_adaptive": DPMAdaptive,
+    "dpmpp_1": dpm_1,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_3s": dpmpp_3s,
+    "res_multistep": res_multistep,
+    "unipc": UniPC,
 }
 
 

@@ -50,6 +50,17 @@ def move(x: Tensor, x0: Tensor, t: Time[float], s: Time[float]) -> Tensor:
     return blend(ratio, x, s.alpha - ratio * t.alpha, x0)
 
 
+def noise_in(x: Tensor, x0: Tensor, t: Time[float]) -> Tensor:
+    """eps: the noise in x at t, if x0 is the data in it."""
+    return blend(1 / t.sigma, x, -t.alpha / t.sigma, x0)
+
+
+def carry(x: Tensor, eps: Tensor, t: Time[float], s: Time[float]) -> Tensor:
+    """Along the probability flow from t to s, if the noise is eps all the way; t has signal."""
+    ratio = s.alpha / t.alpha
+    return blend(ratio, x, s.sigma - ratio * t.sigma, eps)
+
+
 def renoise(x: Tensor, t: Time[float], s: Time[float], z: Tensor) -> Tensor:
     """The way back, from t to more noise at s: x (alpha_s / alpha_t) + what z is to add."""
     ratio = s.alpha / t.alpha
@@ -63,3 +74,12 @@ def at_log_snr(schedule: Schedule, log_snr: float) -> Time[float]:
         return t
     # sigma of the log-SNR as it was asked for: tables round times that are close to an entry
     return t._replace(sigma=t.alpha * math.exp(-log_snr / 2), log_snr=log_snr)
+
+
+def between(schedule: Schedule, t: Time[Any], s: Time[Any], part: float) -> Time[Any]:
+    """The time that lies this part of the way from t to s in log-SNR; both may be one per sample."""
+    log_snr = t.log_snr + part * (s.log_snr - t.log_snr)
+    if isinstance(log_snr, Tensor):
+        at = schedule.at(schedule.time(log_snr))
+        return at._replace(sigma=at.alpha * torch.exp(-log_snr / 2), log_snr=log_snr)
+    return at_log_snr(schedule, log_snr)
