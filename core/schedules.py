@@ -423,7 +423,7 @@ def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Piecewise linear through the points (xs, ys), exact at them; xs increases."""
     xs, ys = xs.to(x.device), ys.to(x.device)
     if len(xs) == 1:
-        return ys.expand_as(x)
+        return ys[0].expand_as(x)
     right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     left = right - 1
     weight = ((x - xs[left]) / (xs[right] - xs[left])).clamp(0, 1)
