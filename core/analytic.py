@@ -1,4 +1,5 @@
-r"""Data for which everything is known: a normal, or a mixture of them, independent in each entry.
+r"""Data for which everything is known: a normal, or a mixture of them, independent in each entry,
+and a normal of any covariance, with its exact posterior given a linear measurement.
 
 The denoiser, the score and the density have closed forms on every schedule (and the probability
 flow of the normal has one), which makes them the yardstick for samplers, guidance and likelihoods,
@@ -7,6 +8,7 @@ here and in other packages.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -132,3 +134,78 @@ class Mixture:
         return sum(
             (p * m for p, m in zip(likely, self.means, strict=True)), torch.zeros_like(logits[0])
         )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Correlated:
+    """The exact denoiser of N(mean, covariance) over all n entries of a sample, in their order.
+
+    Attributes:
+        covariance: (n, n), float64, n = C times the axes.
+        mean: (n,), zeros if None.
+
+    Raises:
+        UsageError: the covariance is not square, symmetric and positive.
+    """
+
+    schedule: Schedule
+    covariance: Tensor
+    mean: Tensor | None = None
+    predicts: ClassVar[str] = "x0"
+
+    def __post_init__(self) -> None:
+        c = self.covariance
+        if c.ndim != 2 or not torch.equal(c, c.T) or bool(self._spectrum[0].min() <= 0):
+            raise UsageError("a covariance is (n, n), symmetric and positive definite")
+
+    @property
+    def device(self) -> torch.device:
+        """That of the covariance."""
+        return self.covariance.device
+
+    def bind(self, **cond: Any) -> "Correlated":
+        """Itself: nothing conditions this data."""
+        del cond
+        return self
+
+    def __call__(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Prediction:
+        """E[x_0 | x_t = x]. Shapes: x (B, C, *axes); t one number, or one per sample (B,)."""
+        alpha, sigma = self._levels(t)
+        values, vectors = self._spectrum
+        gain = alpha * values / (alpha**2 * values + sigma**2)
+        rest = x.double().flatten(1) - alpha * self._centre
+        return Prediction(
+            x0=(self._centre + (rest @ vectors * gain) @ vectors.T).to(x.dtype).reshape(x.shape)
+        )
+
+    def given(self, t: Time[float] | float) -> Tensor:
+        """Cov[x_0 | x_t], (n, n): the same for all x_t."""
+        alpha, sigma = self._levels(t)
+        values, vectors = self._spectrum
+        return (vectors * (values * sigma**2 / (alpha**2 * values + sigma**2))) @ vectors.T
+
+    def posterior(self, matrix: Tensor, y: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Mean (n,) and covariance (n, n) of x_0 given y = matrix x_0 + N(0, noise^2).
+
+        Shapes: matrix (m, n) of rank m, or any with noise; y (m,).
+        """
+        across = self.covariance @ matrix.T
+        total = matrix @ across + noise**2 * torch.eye(len(matrix), dtype=across.dtype)
+        gain = torch.linalg.solve(total, across.T).T
+        return self._centre + gain @ (y - matrix @ self._centre), self.covariance - gain @ across.T
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return values, vectors
+
+    @property
+    def _centre(self) -> Tensor:
+        return self.covariance.new_zeros(len(self.covariance)) if self.mean is None else self.mean
+
+    def _levels(self, t: Any) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, () or (B, 1)."""
+        at = self.schedule.at(t)
+        alpha, sigma = (torch.as_tensor(c, dtype=torch.float64) for c in (at.alpha, at.sigma))
+        return alpha[..., None], sigma[..., None]

@@ -3,9 +3,45 @@
 from collections.abc import Callable
 
 from mdiff.core.denoiser import Guided
-from mdiff.core.guidance.bounds import clamp
-from mdiff.core.guidance.conditional import classifier_free
+from mdiff.core.guidance.bounds import clamp, dynamic_threshold
+from mdiff.core.guidance.conditional import classifier_free, composed, projected
+from mdiff.core.guidance.gradient import classifier, similarity, universal
+from mdiff.core.guidance.mixing import autoguidance, mixture, perturbed
+from mdiff.core.guidance.posterior import dps, pseudo_inverse, reconstruction, replacement
 
-__all__ = ["NAMES", "clamp", "classifier_free"]
+__all__ = [
+    "NAMES",
+    "autoguidance",
+    "clamp",
+    "classifier",
+    "classifier_free",
+    "composed",
+    "dps",
+    "dynamic_threshold",
+    "mixture",
+    "perturbed",
+    "projected",
+    "pseudo_inverse",
+    "reconstruction",
+    "replacement",
+    "similarity",
+    "universal",
+]
 
-NAMES: dict[str, Callable[..., Guided]] = {"classifier_free": classifier_free, "clamp": clamp}
+NAMES: dict[str, Callable[..., Guided]] = {
+    "classifier_free": classifier_free,
+    "composed": composed,
+    "projected": projected,
+    "autoguidance": autoguidance,
+    "perturbed": perturbed,
+    "mixture": mixture,
+    "classifier": classifier,
+    "similarity": similarity,
+    "universal": universal,
+    "clamp": clamp,
+    "dynamic_threshold": dynamic_threshold,
+    "replacement": replacement,
+    "pseudo_inverse": pseudo_inverse,
+    "reconstruction": reconstruction,
+    "dps": dps,
+}

@@ -6,6 +6,7 @@ affine in x0: to guide x0 is to guide eps or v, whichever the network was traine
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -55,12 +56,14 @@ def classifier_free(
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         if single is not None or _outside(interval, t):
-            return inner.bind(**(cond if single is None else single))(x, t)
+            said = inner.bind(**(cond if single is None else single))(x, t)
+            # nothing is changed here, but where the scale is 1 and nobody asked the unconditional
+            return said if single is cond else replace(said, x0_noise=said.x0)
         (positive, negative), fraction = ask(inner, x, t)
         x0 = negative.lerp(positive, _per_sample(scale, x))
         if rescale > 0:
             x0 = _rescaled(inner.predicts, x0, positive, x, t, rescale)
-        return Prediction(x0=x0, variance_fraction=fraction)
+        return Prediction(x0=x0, variance_fraction=fraction, x0_noise=negative)
 
     return Guided(inner=denoise, rule=rule)
 
@@ -73,7 +76,7 @@ def composed(
     scales: Sequence[float | Tensor],
     split: bool = False,
 ) -> Guided:
-    """x0 = x0(uncond) + sum_i scale_i (x0(cond_i) - x0(uncond)) (Liu et al., 2022, eq. 11).
+    """x0 = x0(uncond) + sum_i scale_i (x0(cond_i) - x0(uncond)) (Liu et al., 2022).
 
     A negative scale pushes away from its condition. Guidance by an image and by a text (Brooks et
     al., 2023, eq. 3, scales a and b) is `conds` of the image, and of the image with the text, with
@@ -98,7 +101,7 @@ def composed(
         x0 = negative
         for scale, positive in zip(scales, positives, strict=True):
             x0 = x0 + _per_sample(scale, x) * (positive - negative)
-        return Prediction(x0=x0, variance_fraction=fraction)
+        return Prediction(x0=x0, variance_fraction=fraction, x0_noise=negative)
 
     return Guided(inner=denoise, rule=rule)
 
@@ -114,7 +117,7 @@ def projected(
     interval: tuple[float, float] | None = None,
     split: bool = False,
 ) -> Guided:
-    """Adaptive projected guidance: less of what saturates (Sadat et al., 2024, alg. 1).
+    """Adaptive projected guidance: less of what saturates (Sadat et al., 2024).
 
     The difference that `classifier_free` scales is cut off at a norm and split into its parts along
     x0(cond) and across it, of which the first, which saturates, is weakened. Momentum, the third
@@ -140,7 +143,7 @@ def projected(
         along = (step * positive).sum(axes, keepdim=True) / _norm(positive) ** 2
         step = step - (1 - parallel) * along.nan_to_num() * positive
         x0 = positive + (_per_sample(scale, x) - 1) * step
-        return Prediction(x0=x0, variance_fraction=fraction)
+        return Prediction(x0=x0, variance_fraction=fraction, x0_noise=negative)
 
     return Guided(inner=denoise, rule=rule)
 
