@@ -30,10 +30,13 @@ class Prediction:
         variance_fraction: where the network learned the variance of the reverse step, its place
             between the posterior's (0) and beta's (1) on a log scale, of x0's shape (Nichol and
             Dhariwal, 2021, eq. 15).
+        x0_noise: the x0 with which the noise in x_t goes, where guidance says that it is not x0:
+            only samplers that ask for it take it (`cfgpp`).
     """
 
     x0: Tensor
     variance_fraction: Tensor | None = None
+    x0_noise: Tensor | None = None
 
 
 class Denoise(Protocol):

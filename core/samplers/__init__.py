@@ -4,8 +4,24 @@ from collections.abc import Callable
 from typing import Any
 
 from mdiff.core.names import make
-from mdiff.core.samplers.ancestral import DDIM, DDPM
+from mdiff.core.samplers.ancestral import (
+    DDIM,
+    DDPM,
+    Ancestral,
+    dpm2_ancestral,
+    dpmpp_2s_ancestral,
+    euler_ancestral,
+)
 from mdiff.core.samplers.base import Memory, Sampler, move
+from mdiff.core.samplers.cfgpp import CFGpp, dpmpp_2m_cfgpp
+from mdiff.core.samplers.churn import Churn, Restart
+from mdiff.core.samplers.consistency import LCM, TCD, Consistency
+from mdiff.core.samplers.langevin import (
+    AnnealedLangevin,
+    EulerMaruyama,
+    PredictorCorrector,
+    ReverseDiffusion,
+)
 from mdiff.core.samplers.multistep import (
     PNDM,
     Multistep,
@@ -24,6 +40,13 @@ from mdiff.core.samplers.multistep import (
     res_multistep,
 )
 from mdiff.core.samplers.runge_kutta import Euler, Heun
+from mdiff.core.samplers.sde import (
+    DPMppSDE,
+    SDEMultistep,
+    dpmpp_2m_sde,
+    dpmpp_3m_sde,
+    sa_solver,
+)
 from mdiff.core.samplers.singlestep import (
     DPMAdaptive,
     Singlestep,
@@ -38,13 +61,26 @@ from mdiff.core.samplers.unipc import UniPC
 __all__ = [
     "DDIM",
     "DDPM",
+    "LCM",
     "NAMES",
     "PNDM",
+    "TCD",
+    "Ancestral",
+    "AnnealedLangevin",
+    "CFGpp",
+    "Churn",
+    "Consistency",
     "DPMAdaptive",
+    "DPMppSDE",
     "Euler",
+    "EulerMaruyama",
     "Heun",
     "Memory",
     "Multistep",
+    "PredictorCorrector",
+    "Restart",
+    "ReverseDiffusion",
+    "SDEMultistep",
     "Sampler",
     "Singlestep",
     "UniPC",
@@ -78,6 +114,24 @@ NAMES: dict[str, Callable[..., Sampler]] = {
     "dpmpp_3s": dpmpp_3s,
     "res_multistep": res_multistep,
     "unipc": UniPC,
+    "euler_ancestral": euler_ancestral,
+    "dpm2_ancestral": dpm2_ancestral,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_sde": DPMppSDE,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "sa_solver": sa_solver,
+    "edm": Churn,
+    "restart": Restart,
+    "reverse_diffusion": ReverseDiffusion,
+    "euler_maruyama": EulerMaruyama,
+    "predictor_corrector": PredictorCorrector,
+    "annealed_langevin": AnnealedLangevin,
+    "consistency": Consistency,
+    "lcm": LCM,
+    "tcd": TCD,
+    "cfgpp": CFGpp,
+    "dpmpp_2m_cfgpp": dpmpp_2m_cfgpp,
 }
 
 
