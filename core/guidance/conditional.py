@@ -6,7 +6,6 @@ affine in x0: to guide x0 is to guide eps or v, whichever the network was traine
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,9 +55,7 @@ def classifier_free(
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         if single is not None or _outside(interval, t):
-            said = inner.bind(**(cond if single is None else single))(x, t)
-            # nothing is changed here, but where the scale is 1 and nobody asked the unconditional
-            return said if single is cond else replace(said, x0_noise=said.x0)
+            return inner.bind(**(cond if single is None else single))(x, t)
         (positive, negative), fraction = ask(inner, x, t)
         x0 = negative.lerp(positive, _per_sample(scale, x))
         if rescale > 0:
