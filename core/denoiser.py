@@ -6,7 +6,8 @@ other:
     x0 = skip x_t + out F        F = (x0 - skip x_t) / out
 
 A kind of prediction is its pair (skip, out) as a function of the time, and a row of `PREDICTS`; the
-form in which a network wants the time is a function of it, and a row of `TIMES`.
+form in which a network wants the time is a function of it, and a row of `TIMES`; what x_t is
+multiplied with before the network sees it is another, and a row of `SCALES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from mdiff.core.errors import UsageError
 from mdiff.core.names import pick
-from mdiff.core.schedules import Schedule, Time, V, blend
+from mdiff.core.schedules import Schedule, Time, V, blend, pad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +77,83 @@ def _x0(t: Time[V]) -> tuple[V, V]:
     return 0 * t.alpha, 0 * t.alpha + 1
 
 
-PREDICTS: dict[str, Callable[[Time[Any]], tuple[Any, Any]]] = {"eps": _eps, "v": _v, "x0": _x0}
+def _score(t: Time[V]) -> tuple[V, V]:
+    # the gradient of log p(x_t), -eps / sigma (Song et al., 2021)
+    return 1 / t.alpha, t.sigma**2 / t.alpha
+
+
+def _flow(t: Time[V]) -> tuple[V, V]:
+    # eps - x0, the velocity of a straight line from data to noise (Liu et al., 2023)
+    whole = t.alpha + t.sigma
+    return 1 / whole, -t.sigma / whole
+
+
+Kind = Callable[[Time[Any]], tuple[Any, Any]]
+"""time -> (skip, out)"""
+
+
+def edm(sigma_data: float = 0.5) -> Kind:
+    """What EDM's networks say, for data of that deviation (Karras et al., 2022, table 1).
+
+    A row of `PREDICTS` for 0.5; for other data add one: PREDICTS["edm of 1"] = edm(1.0). Such a
+    network sees x_t by the scale of the same name, and is told "log_sigma/4".
+    """
+
+    def kind(t: Time[V]) -> tuple[V, V]:
+        # c_skip / alpha and c_out at the noise level sigma / alpha, without dividing by alpha
+        variance = (t.alpha * sigma_data) ** 2 + t.sigma**2
+        return t.alpha * sigma_data**2 / variance, t.sigma * sigma_data / variance**0.5
+
+    return kind
+
+
+PREDICTS: dict[str, Kind] = {
+    "eps": _eps,
+    "v": _v,
+    "x0": _x0,
+    "score": _score,
+    "flow": _flow,
+    "edm": edm(),
+}
 
 
 def to_x0(predicts: str, output: Tensor, x: Tensor, t: Time[float] | Time[Tensor]) -> Tensor:
-    """The x0 that a network means by `output` at x_t = x."""
-    skip, out = PREDICTS[predicts](t)
+    """The x0 that a network means by `output` at x_t = x.
+
+    Raises:
+        UsageError: it means none, because x_t has no signal there.
+    """
+    try:
+        skip, out = PREDICTS[predicts](t)
+    except ZeroDivisionError:
+        raise _no_signal(predicts, t.value) from None
+    # where a look costs nothing; elsewhere the x0 is not finite, which the loop reports
+    if isinstance(skip, Tensor) and skip.device.type == "cpu" and bool(skip.isinf().any()):
+        raise _no_signal(predicts, t.value)
     return blend(skip, x, out, output)
 
 
+def _no_signal(predicts: str, t: Any) -> UsageError:
+    return UsageError(
+        f"{predicts} says nothing of x0 at t = {t}, where there is no signal (alpha 0): it takes a "
+        "network that predicts v, x0 or the flow, or a schedule or grid that begins below"
+    )
+
+
 def from_x0(predicts: str, x0: Tensor, x: Tensor, t: Time[float] | Time[Tensor]) -> Tensor:
-    """What a network would have said, had it meant x0: the inverse of `to_x0`."""
-    skip, out = PREDICTS[predicts](t)
-    return blend(1 / out, x0, -skip / out, x)
+    """What a network would have said, had it meant x0: the inverse of `to_x0`.
+
+    Raises:
+        UsageError: x_t is clean, or without signal, and any answer would mean this x0.
+    """
+    try:
+        skip, out = PREDICTS[predicts](t)
+        return blend(1 / out, x0, -skip / out, x)
+    except ZeroDivisionError:
+        raise UsageError(
+            f"what says {predicts} at t = {t.value} cannot be told from x0: alpha {t.alpha:.4g}, "
+            f"sigma {t.sigma:.4g}"
+        ) from None
 
 
 # --- the time that networks are told --------------------------------------------------------------
@@ -98,12 +163,52 @@ TIMES: dict[str, Callable[[Time[Any], Schedule], Any]] = {
     "t": lambda t, schedule: t.value,
     # 0 ... T - 1: exact integers at the entries of a table, fractions between them
     "index": lambda t, schedule: schedule.index(t.value),
+    # the nearest entry, as diffusers tells networks between entries
+    "index_rounded": lambda t, schedule: _rounded(schedule.index(t.value)),
     # the same as if the table had a thousand entries (Improved DDPM)
     "index_scaled": lambda t, schedule: schedule.index(t.value) * (1000 / schedule.entries),
     # sigma of the papers in which alpha is 1
     "sigma": lambda t, schedule: t.sigma / t.alpha,
     # ln(sigma) / 4 of the same (Karras et al., 2022)
     "log_sigma/4": lambda t, schedule: -t.log_snr / 8,
+    # the sigma of the straight line alpha = 1 - sigma with the same signal-to-noise ratio
+    "flow": lambda t, schedule: t.sigma / (t.alpha + t.sigma),
+}
+
+
+def _rounded(index: V) -> V:
+    return index.round() if isinstance(index, Tensor) else float(round(index))
+
+
+def time_on(schedule: Schedule, form: str = "t") -> Callable[[Time[Any], Schedule], Any]:
+    """The form of the time on another schedule, where it has the same signal-to-noise ratio.
+
+    For a network that was trained with that one: with SCALES["unit"], what preserves variance runs
+    where alpha is 1 (Karras et al., 2022, table 1, VP and iDDPM).
+    """
+    told = pick("form of the time", TIMES, form)
+
+    def elsewhere(t: Time[Any], _: Schedule) -> Any:
+        there = schedule.time(torch.as_tensor(t.log_snr, dtype=torch.float64))
+        return told(schedule.at(there if isinstance(t.log_snr, Tensor) else there.item()), schedule)
+
+    return elsewhere
+
+
+# --- the scale on which networks see x_t ----------------------------------------------------------
+
+
+def _spread(sigma_data: float) -> Callable[[Time[Any]], Any]:
+    # to unit variance, for data of that deviation
+    return lambda t: ((t.alpha * sigma_data) ** 2 + t.sigma**2) ** -0.5
+
+
+SCALES: dict[str, Callable[[Time[Any]], Any] | None] = {
+    "none": None,
+    # c_in of VP and iDDPM: 1 where variance is preserved (Karras et al., 2022, table 1)
+    "unit": _spread(1.0),
+    # c_in of EDM
+    "edm": _spread(0.5),
 }
 
 
@@ -123,13 +228,15 @@ class Denoiser:
         schedule: the one it was trained with.
         predicts: what it says, a row of `PREDICTS`.
         time: the form in which it takes the time, a row of `TIMES` or a function like those.
+        scale: what x is multiplied with for it, a row of `SCALES` or a function like those.
         learned_variance: it gives 2 C channels, of which the last C place the variance, -1 to 1.
         cond: conditions by keyword, tensors with the batch first. b rows serve a batch of n b,
             repeated n times in order: one row is for everybody, and guidance may stack batches.
 
     Raises:
-        UsageError: unknown `predicts` or `time`, or an index asked of a schedule without a table;
-            when called, an output or a condition whose size does not fit x.
+        UsageError: unknown `predicts`, `time` or `scale`, or an index asked of a schedule without a
+            table; when called, an output or a condition whose size does not fit x, or a time at
+            which x has no signal and the prediction says nothing of x0.
     """
 
     net: Callable[..., Tensor]
@@ -137,11 +244,14 @@ class Denoiser:
     _: KW_ONLY
     predicts: str = "eps"
     time: str | Callable[[Time[Any], Schedule], Any] = "t"
+    scale: str | Callable[[Time[Any]], Any] = "none"
     learned_variance: bool = False
     cond: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pick("prediction", PREDICTS, self.predicts)
+        if isinstance(self.scale, str):
+            pick("scale", SCALES, self.scale)
         self._tell(Time(1.0, 1.0, 1.0, 0.0))
 
     @property
@@ -159,7 +269,10 @@ class Denoiser:
         if isinstance(at.value, Tensor):
             at = Time(*(tile("t", entry, rows) for entry in at))
         cond = {name: tile(name, value, rows) for name, value in self.cond.items()}
-        output = self.net(x.to(self._example(x).dtype), _row(self._tell(at), x), **cond).to(x.dtype)
+        scale = SCALES[self.scale] if isinstance(self.scale, str) else self.scale
+        seen = x if scale is None else x * _padded(scale(at), x)
+        seen = seen.to(self._example(x).dtype)
+        output = self.net(seen, _row(self._tell(at), x), **cond).to(x.dtype)
         fraction = None
         if self.learned_variance:
             output, place = output.chunk(2, dim=1)
@@ -212,6 +325,11 @@ class Guided:
     def __call__(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Prediction:
         """What the rule makes of x at t."""
         return self.rule(self.inner, x, self.schedule.at(t))
+
+
+def _padded(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """One number for all of x, or one per sample with the axes of x."""
+    return pad(value.to(x.device), x) if isinstance(value, Tensor) else value
 
 
 def _row(value: float | Tensor, x: Tensor) -> Tensor:

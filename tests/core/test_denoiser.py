@@ -1,6 +1,7 @@
 """Denoisers: predictions and their inverses, forms of the time, conditions, precision."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mdiff.core import Denoiser, denoiser, schedules
-from mdiff.core.denoiser import Guided, from_x0, to_x0
+from mdiff.core.denoiser import Guided, from_x0, time_on, to_x0
 from mdiff.core.errors import UsageError
 from mdiff.core.schedules import Schedule, Time
 
@@ -23,7 +24,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["linear", "cosine", "ve"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "ve", "subvp", "flow"])
 @given(
     t=st.floats(0.01, 0.95),
     shape=st.sampled_from(SHAPES),
@@ -36,7 +37,18 @@ def test_what_the_data_and_noise_would_say_gives_the_data_back(
     x0, eps = randn(*shape, seed=seed), randn(*shape, seed=seed + 1)
     time = schedules.from_name(name).at(t)
     x = time.alpha * x0 + time.sigma * eps
-    said = {"eps": eps, "v": time.alpha * eps - time.sigma * x0, "x0": x0}[kind]
+    # EDM: c_skip and c_out of x / alpha at the noise level sigma / alpha
+    level, data = time.sigma / time.alpha, 0.5
+    c_skip = data**2 / (level**2 + data**2)
+    c_out = level * data / (level**2 + data**2) ** 0.5
+    said = {
+        "eps": eps,
+        "v": time.alpha * eps - time.sigma * x0,
+        "x0": x0,
+        "score": -eps / time.sigma,
+        "flow": eps - x0,
+        "edm": (x0 - c_skip * x / time.alpha) / c_out,
+    }[kind]
     near = {"rtol": 1e-9, "atol": 1e-9 * time.sigma / time.alpha}
     torch.testing.assert_close(to_x0(kind, said, x, time), x0, **near)
     torch.testing.assert_close(from_x0(kind, x0, x, time), said, rtol=1e-9, atol=1e-9)
@@ -77,6 +89,98 @@ def test_forms_of_the_time() -> None:
     assert told("index", table, 0.5 + 0.5 / 4000) == 1999.5
     assert told("sigma", exploding, 0.75) == pytest.approx(10.0)
     assert told("log_sigma/4", exploding, 0.75) == pytest.approx(math.log(10) / 4)
+    assert told("index_rounded", table, 0.5 + 0.9 / 4000) == 2000
+    assert told("flow", schedules.flow(3.0), 0.3) == pytest.approx(0.9 / 1.6)
+    assert told("flow", exploding, 0.75) == pytest.approx(10 / 11)
+
+
+def seen(denoise: Denoiser, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the network sees and is told, and the x0 that comes of its saying tanh(x)."""
+    heard: list[Tensor] = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        heard.extend([x, t])
+        return torch.tanh(x)
+
+    x0 = replace(denoise, net=net)(x, t).x0
+    return heard[0], heard[1], x0
+
+
+def test_preconditioning_of_edm() -> None:
+    # the four columns of table 1 of Karras et al., 2022, where sigma is 3
+    edm, sigma, x = schedules.edm(), 3.0, randn(2, 3, 4)
+    t = edm.time(torch.tensor(-2 * math.log(sigma), dtype=torch.float64)).item()
+    vp, table = schedules.vp_linear(), schedules.cosine_betas()
+
+    def vp_time(sigma: float) -> float:
+        # the inverse of sigma(t) = sqrt(exp(19.9 t^2 / 2 + 0.1 t) - 1)
+        return (math.sqrt(0.1**2 + 2 * 19.9 * math.log(1 + sigma**2)) - 0.1) / 19.9
+
+    in_vp, spread = 1 / math.sqrt(sigma**2 + 1), math.sqrt(sigma**2 + 0.5**2)
+    columns = {
+        "EDM": (
+            Denoiser(torch.tanh, edm, predicts="edm", scale="edm", time="log_sigma/4"),
+            (0.5**2 / spread**2, sigma * 0.5 / spread, 1 / spread, math.log(sigma) / 4),
+        ),
+        "VP": (
+            Denoiser(torch.tanh, edm, scale="unit", time=time_on(vp)),
+            (1.0, -sigma, in_vp, vp_time(sigma)),
+        ),
+        "iDDPM": (
+            Denoiser(torch.tanh, edm, scale="unit", time=time_on(table, "index_rounded")),
+            (
+                1.0,
+                -sigma,
+                in_vp,
+                round(table.index(table.time(torch.tensor(-2 * math.log(3))).item())),
+            ),
+        ),
+        # with its output divided by sigma it is a score
+        "VE": (
+            Denoiser(torch.tanh, edm, predicts="score", time=lambda t, _: t.log_snr * 0),
+            (1.0, sigma**2, 1.0, 0.0),
+        ),
+    }
+    for denoise, (c_skip, c_out, c_in, c_noise) in columns.values():
+        for at in (t, torch.tensor([t, t], dtype=torch.float64)):
+            network, noise, x0 = seen(denoise, x, at)
+            torch.testing.assert_close(network, c_in * x)
+            assert noise.tolist() == pytest.approx([c_noise] * 2, rel=1e-6)
+            torch.testing.assert_close(x0, c_skip * x + c_out * torch.tanh(c_in * x))
+
+
+def test_a_network_runs_on_another_schedule_with_the_same_ratio() -> None:
+    vp, x = schedules.vp_linear(), randn(2, 3, 4)
+    home = Denoiser(torch.tanh, vp)
+    away = replace(home, schedule=schedules.ve(), scale="unit", time=time_on(vp))
+    level = vp.at(0.4)
+    t = schedules.ve().time(torch.tensor(level.log_snr, dtype=torch.float64)).item()
+    first, second = seen(home, level.alpha * x, 0.4), seen(away, x, t)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["zero_terminal", "flow", "cosine"])
+def test_without_signal_eps_and_score_are_refused_and_the_others_work(kind: str, name: str) -> None:
+    schedule, x = schedules.from_name(name), randn(2, 3, 4)
+    denoise = Denoiser(lambda x, t: torch.tanh(x), schedule, predicts=kind)
+    assert schedule.at(1.0).alpha < 1e-15
+    for t in (1.0, torch.tensor([0.5, 1.0], dtype=torch.float64)):
+        if name == "cosine":
+            assert denoise(x, t).x0.shape == x.shape
+        elif kind in ("eps", "score"):
+            with pytest.raises(
+                UsageError, match=rf"{kind} says nothing.*predicts v, x0 or the flow"
+            ):
+                denoise(x, t)
+        else:
+            assert torch.isfinite(denoise(x, t).x0).all()
+    # clean data stays what it is
+    assert kind == "x0" or torch.equal(denoise(x, 0.0).x0, x)
+    if kind != "x0":
+        with pytest.raises(UsageError, match="cannot be told from x0: alpha 1, sigma 0"):
+            from_x0(kind, x, x, schedule.at(0.0))
 
 
 def test_a_form_of_ones_own() -> None:
@@ -141,7 +245,9 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(UsageError, match="'eps'"):
         Denoiser(Shift(torch.float32), table, predicts="epsilon")
     with pytest.raises(UsageError, match="'index'"):
-        Denoiser(Shift(torch.float32), table, time="indices")
+        Denoiser(Shift(torch.float32), table, time="indexx")
+    with pytest.raises(UsageError, match="'unit'"):
+        Denoiser(Shift(torch.float32), table, scale="units")
     for time in ("index", "index_scaled"):
         with pytest.raises(UsageError, match="continuous"):
             Denoiser(Shift(torch.float32), schedules.cosine(), time=time)
