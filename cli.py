@@ -333,9 +333,13 @@ def components(as_json: bool) -> None:
 
     found = catalogue(_host())
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        rows = {
+            kind: {name: said._asdict() for name, said in names.items()}
+            for kind, names in found.items()
+        }
+        click.echo(json.dumps(rows, indent=2))
     else:
-        _table([(kind, ", ".join(names)) for kind, names in found.items()])
+        _table([(k, name, said.line) for k, names in found.items() for name, said in names.items()])
 
 
 @cli.command()

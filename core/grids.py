@@ -286,7 +286,7 @@ def ays_sd15(steps: int, *, final: str = "discard") -> Grid:
 
 
 def ays_sdxl(steps: int, *, final: str = "discard") -> Grid:
-    """Align Your Steps for Stable Diffusion XL (Sabour et al., 2024). See `ays_sd15`."""
+    """Align Your Steps for Stable Diffusion XL, see `ays_sd15` (Sabour et al., 2024)."""
     return _aligned(
         steps, final, (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113, 0.029)
     )
@@ -508,8 +508,13 @@ NAMES: dict[str, Callable[..., Grid]] = {
 }
 """The grids that a number of steps makes."""
 
-LISTS: dict[str, Callable[..., Grid]] = {"times": times, "sigmas": sigmas, "indices": indices}
-"""The grids that a list makes."""
+LISTS: dict[str, Callable[..., Grid]] = {
+    "times": times,
+    "sigmas": sigmas,
+    "indices": indices,
+    "respaced": respaced,
+}
+"""The grids that a list makes, and the text of a respacing."""
 
 
 def find(name: str) -> Callable[..., Grid]:
@@ -524,11 +529,11 @@ def find(name: str) -> Callable[..., Grid]:
     return pick("grid", {**NAMES, **LISTS}, name)
 
 
-def from_name(name: str, steps: int | Sequence[float] | Tensor = 20, **params: Any) -> Grid:
+def from_name(name: str, steps: int | str | Sequence[float] | Tensor = 20, **params: Any) -> Grid:
     """The grid of that name with so many steps, e.g. from_name("karras", 20, rho=7).
 
-    A list takes the place of the number for "times", "sigmas" and "indices"; a respacing says its
-    own number: from_name("ddim50").
+    What makes one of `LISTS` takes the place of the number: from_name("indices", [900, 500, 100]).
+    A respacing is a name, and says its own number: from_name("ddim50").
 
     Raises:
         UsageError: unknown name (the nearest is named), or parameters that it does not take.

@@ -1,8 +1,14 @@
-"""Tables of named things: a row is found by its name, and made with its parameters."""
+"""Tables of named things: a row is found by its name, and made with its parameters.
+
+A row says in its docstring what it is, in the first paragraph, and where it comes from: a citation
+in brackets, with its year or the code that is cited, or what follows "Source:".
+"""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from mdiff.core.errors import UsageError, nearest
 
@@ -35,3 +41,23 @@ def make(
     except TypeError as error:
         raise UsageError(f"{kind} {name!r}: {error}; it is {name}{signature}") from None
     return row(*args, **params)
+
+
+class Described(NamedTuple):
+    """What a row says of itself, each one line; empty where it does not say."""
+
+    line: str
+    source: str
+
+
+def about(row: Any) -> Described:
+    """What the docstring of a function or a class says it is, and its source."""
+    text = inspect.getdoc(row.func if isinstance(row, partial) else row) or ""
+    first = " ".join(text.partition("\n\n")[0].split())
+    found = _CITED.search(first) or _NAMED.search(text) or _CITED.search(text)
+    line = _NAMED.sub("", _CITED.sub("", first, count=1)).strip().removesuffix(".")
+    return Described(line=line, source=" ".join(found[1].split()) if found else "")
+
+
+_CITED = re.compile(r"\s*\(([^()]*\b(?:(?:1[5-9]|20)\d\d[a-z]?|k-diffusion|diffusers)\b[^()]*)\)")
+_NAMED = re.compile(r"\s*Source:\s+(.+?)\.?(?=\n\n|\Z)", re.DOTALL)

@@ -30,6 +30,7 @@ from mdiff.core.errors import IntegrityError, MdiffError, UsageError
 from mdiff.core.guidance import classifier_free
 from mdiff.core.hooks import Event, Media, Model, ModelCard, Problem, Request
 from mdiff.core.host import KINDS, Host
+from mdiff.core.names import Described, about
 from mdiff.core.registry import Registry
 from mdiff.core.request import component
 from mdiff.core.sampling import State, steps
@@ -203,18 +204,26 @@ def as_recorded(made: Mapping[str, Any], card: ModelCard) -> None:
     torch.set_num_threads(made["threads"])
 
 
-def catalogue(host: Host) -> dict[str, list[str]]:
-    """All that goes by a name, by kind: the core's own, and each plugin's as `plugin/name`."""
-    own = {
-        kind: import_module(f"mdiff.core.{kind}")
-        for kind in ("schedules", "grids", "samplers", "guidance")
-    }
-    found = {kind: sorted(own[kind].NAMES) if kind in own else [] for kind in KINDS}
+OWN = ("schedules", "grids", "samplers", "guidance", "operators", "losses", "times")
+"""The modules of the core with a table `NAMES`."""
+
+
+def catalogue(host: Host) -> dict[str, dict[str, Described]]:
+    """All that goes by a name, by kind: the core's own, and each plugin's as `plugin/name`, each
+    with what it is and its source; what a plugin offers comes from it, where it says no more.
+    """
+    rows = {kind: dict(import_module(f"mdiff.core.{kind}").NAMES) for kind in OWN}
+    rows["grids"] |= import_module("mdiff.core.grids").LISTS
+    kinds = dict.fromkeys((*OWN, *KINDS))
+    found = {kind: {n: about(row) for n, row in rows.get(kind, {}).items()} for kind in kinds}
     host.load_all()
     for plugin in host.names():
         for kind in KINDS:
-            found[kind] += [f"{plugin}/{name}" for name in sorted(host.offers(plugin, kind))]
-    return {kind: names for kind, names in found.items() if names}
+            for name, row in host.offers(plugin, kind).items():
+                said = about(row)
+                source = said.source or f"plugin {plugin}"
+                found[kind][f"{plugin}/{name}"] = said._replace(source=source)
+    return {kind: dict(sorted(names.items())) for kind, names in found.items() if names}
 
 
 def open_model(card: ModelCard, request: Request, host: Host) -> Model:

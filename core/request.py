@@ -170,7 +170,10 @@ def component(kind: str, name: str, host: Host) -> Any:
     """
     if "/" in name:
         return host.offer(kind, name)
-    names = import_module(f"mdiff.core.{kind}").NAMES
+    module = import_module(f"mdiff.core.{kind}")
+    if kind == "grids" and module.RESPACED.fullmatch(name):
+        return module.find(name)
+    names = module.NAMES
     if name not in names:
         raise UsageError(f"there is no {kind.removesuffix('s')} {name!r}{nearest(name, names)}")
     return names[name]

@@ -336,9 +336,14 @@ def test_plugins_and_their_checks(mdiff, toy_site):
 
 
 def test_components(mdiff):
-    assert "toy/lazy" in mdiff("components")[1]
+    plain = mdiff("components")[1]
+    assert "toy/lazy" in plain and "  Even in sigma^(1 / rho)" in plain
     found = json.loads(mdiff("components", "--json")[1])
-    assert "dpmpp_2m" in found["samplers"] and found["metrics"] == ["toy/mean"]
+    assert "dpmpp_2m" in found["samplers"] and list(found["metrics"]) == ["toy/mean"]
+    assert found["grids"]["trailing"] == {
+        "line": "Indices T - 1 - i T / steps of a table of T, rounded, plus offset",
+        "source": "Lin et al., 2023",
+    }
 
 
 def test_info_prints_the_record(mdiff):

@@ -231,5 +231,6 @@ def test_a_record_of_other_weights_is_not_run_again(card, ask, toy):
 def test_the_catalogue_has_the_cores_and_the_plugins(toy):
     found = pipeline.catalogue(toy)
     assert {"ddim", "dpmpp_2m", "heun"} <= set(found["samplers"])
-    assert "toy/lazy" in found["grids"] and found["text_encoders"] == ["toy/letters"]
+    assert found["grids"]["toy/lazy"].source == "plugin toy"
+    assert list(found["text_encoders"]) == ["toy/letters"]
     assert "datasets" not in found

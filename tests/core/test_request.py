@@ -2,9 +2,9 @@
 
 import pytest
 
-from mdiff.core import record, request
+from mdiff.core import record, request, schedules
 from mdiff.core.errors import MissingError, UsageError
-from mdiff.core.request import expand, parse_seeds, read_prompts, resolve
+from mdiff.core.request import component, expand, parse_seeds, read_prompts, resolve
 
 
 @pytest.fixture
@@ -78,6 +78,9 @@ def test_a_model_without_text_refuses_it(toy_registry, toy):
 
 def test_parts_of_plugins_by_their_full_name(card, toy):
     assert resolve(card, {"text": "x", "grid": "toy/lazy"}, toy).grid == "toy/lazy"
+    # a respacing is a name that says its own number of steps
+    assert resolve(card, {"text": "x", "grid": "ddim50"}, toy).grid == "ddim50"
+    assert len(component("grids", "ddim50", toy)(20)(schedules.linear())) == 51
     with pytest.raises(MissingError, match="no grid 'lay'; did you mean 'lazy'"):
         resolve(card, {"text": "x", "grid": "toy/lay"}, toy)
 
