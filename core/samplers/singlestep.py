@@ -54,12 +54,13 @@ def _said(
     s: Time[Any],
     form: Form,
     places: Sequence[float],
+    first: float | None = None,
 ) -> list[Tensor]:
     """What is said at t and at these places of the step, each reached by all before it."""
     said, nodes = [form.read(x, x0, t)], [0.0]
     for place in places:
         at = between(denoise.schedule, t, s, place)
-        there = _landed(x, said, [node / place for node in nodes], t, at, form)
+        there = _landed(x, said, [node / place for node in nodes], t, at, form, first)
         said.append(form.read(there, denoise(there, at).x0, at))
         nodes.append(place)
     return said
@@ -74,14 +75,18 @@ class Singlestep:
         form: what is interpolated, a row of `interpolation.FORMS`.
         solver_type: "midpoint" takes the last place only, weighing it roughly at order 2, as the
             papers do; "heun" all places, exactly.
+        inner_type: the same for the way to the second place of order 3: "heun" in the papers,
+            `solver_type` in diffusers.
     """
 
     order: int
     form: str
     solver_type: str = "midpoint"
+    inner_type: str = "heun"
 
     def __post_init__(self) -> None:
-        pick("solver type", SOLVER_TYPES, self.solver_type)
+        for name in (self.solver_type, self.inner_type):
+            pick("solver type", SOLVER_TYPES, name)
 
     @property
     def evaluations(self) -> int:
@@ -102,7 +107,8 @@ class Singlestep:
         if not math.isfinite(s.log_snr - t.log_snr):
             return move(x, x0, t, s), state
         form, places = FORMS[self.form], PLACES[self.order]
-        said, nodes = _said(denoise, x, x0, t, s, form, places), [0.0, *places]
+        inner = SOLVER_TYPES[self.inner_type]
+        said, nodes = _said(denoise, x, x0, t, s, form, places, inner), [0.0, *places]
         if self.solver_type == "midpoint":
             said, nodes = [said[0], said[-1]], [nodes[0], nodes[-1]]
         first = SOLVER_TYPES[self.solver_type] if self.order == 2 else None
@@ -114,9 +120,9 @@ def dpmpp_2s(*, solver_type: str = "midpoint") -> Sampler:
     return Singlestep(order=2, form="x0", solver_type=solver_type)
 
 
-def dpmpp_3s(*, solver_type: str = "midpoint") -> Sampler:
+def dpmpp_3s(*, solver_type: str = "midpoint", inner_type: str = "heun") -> Sampler:
     """DPM-Solver++(3S): x0 at t and at both thirds of the step (Lu et al., 2022b, app. B)."""
-    return Singlestep(order=3, form="x0", solver_type=solver_type)
+    return Singlestep(order=3, form="x0", solver_type=solver_type, inner_type=inner_type)
 
 
 def dpm_2s(*, solver_type: str = "midpoint") -> Sampler:
@@ -129,9 +135,9 @@ def dpm2() -> Sampler:
     return dpm_2s()
 
 
-def dpm_3s(*, solver_type: str = "midpoint") -> Sampler:
+def dpm_3s(*, solver_type: str = "midpoint", inner_type: str = "heun") -> Sampler:
     """DPM-Solver-3: eps at t and at both thirds of the step (Lu et al., 2022a, alg. 2)."""
-    return Singlestep(order=3, form="eps", solver_type=solver_type)
+    return Singlestep(order=3, form="eps", solver_type=solver_type, inner_type=inner_type)
 
 
 @dataclass(frozen=True, kw_only=True)
