@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.core import bound
+from mdiff.core import bound, denoiser
 from mdiff.core.consistency import consistency_distillation, consistency_training
-from mdiff.core.denoiser import PREDICTS, Denoise
+from mdiff.core.denoiser import PREDICTS, Denoise, Kind
 from mdiff.core.errors import UsageError
 from mdiff.core.names import make, pick
 from mdiff.core.schedules import Schedule, Time, blend
@@ -43,9 +43,9 @@ def snr(t: Time[Tensor]) -> Tensor:
     return torch.exp(t.log_snr)
 
 
-def of(predicts: str) -> Weight:
-    """The weight that makes the error of x0 that of a kind of prediction, a row of `PREDICTS`: 1 / out^2."""
-    kind = pick("prediction", PREDICTS, predicts)
+def of(predicts: str | Kind) -> Weight:
+    """The weight that makes the error of x0 that of a kind of prediction, e.g. a row of `PREDICTS`: 1 / out^2."""
+    kind = pick("prediction", PREDICTS, predicts) if isinstance(predicts, str) else predicts
     return lambda t, schedule: kind(t)[1] ** -2
 
 
@@ -127,8 +127,11 @@ def score_sde(likelihood: bool = False, reduce: str = "mean") -> Loss:
 
 
 def edm(sigma_data: float = 0.5) -> Loss:
-    """Weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al., 2022, table 1); times "log_normal"."""
-    return _regression(lambda t, schedule: snr(t) + 1 / sigma_data**2)
+    """Regression of what networks of EDM say (Karras et al., 2022, table 1); times "log_normal".
+
+    The weight is (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 where alpha is 1.
+    """
+    return _regression(of(denoiser.edm(sigma_data)))
 
 
 def min_snr(gamma: float = 5.0) -> Loss:
