@@ -21,8 +21,7 @@ def clamp(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Guided:
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         said = inner(x, t)
-        noise = said.x0 if said.x0_noise is None else said.x0_noise
-        return replace(said, x0=said.x0.clamp(low, high), x0_noise=noise)
+        return _bounded(said, said.x0.clamp(low, high))
 
     return Guided(inner=denoise, rule=rule)
 
@@ -37,6 +36,7 @@ def dynamic_threshold(
     """x0 cut off at a percentile of its own size, and scaled to [-1, 1] (Saharia et al., 2022).
 
     The bound is a number for each sample: x0 is cut off at [-bound, bound] and divided by bound.
+    The noise is as for `clamp`.
 
     Args:
         percentile: the part of |x0| that is left inside, 0 to 1.
@@ -55,9 +55,14 @@ def dynamic_threshold(
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         said = inner(x, t)
         bound = pad(_quantile(said.x0.abs().flatten(1), percentile).clamp(low, high), x)
-        return replace(said, x0=said.x0.clamp(-bound, bound) / bound)
+        return _bounded(said, said.x0.clamp(-bound, bound) / bound)
 
     return Guided(inner=denoise, rule=rule)
+
+
+def _bounded(said: Prediction, x0: Tensor) -> Prediction:
+    """The same with this x0, and the noise of the x0 before."""
+    return replace(said, x0=x0, x0_noise=said.x0 if said.x0_noise is None else said.x0_noise)
 
 
 def _quantile(rows: Tensor, q: float) -> Tensor:
