@@ -39,6 +39,7 @@ from mdiff.core.samplers.multistep import (
     pndm,
     res_multistep,
 )
+from mdiff.core.samplers.repaint import RePaint
 from mdiff.core.samplers.runge_kutta import Euler, Heun
 from mdiff.core.samplers.sde import (
     DPMppSDE,
@@ -78,6 +79,7 @@ __all__ = [
     "Memory",
     "Multistep",
     "PredictorCorrector",
+    "RePaint",
     "Restart",
     "ReverseDiffusion",
     "SDEMultistep",
@@ -123,6 +125,7 @@ NAMES: dict[str, Callable[..., Sampler]] = {
     "sa_solver": sa_solver,
     "edm": Churn,
     "restart": Restart,
+    "repaint": RePaint,
     "reverse_diffusion": ReverseDiffusion,
     "euler_maruyama": EulerMaruyama,
     "predictor_corrector": PredictorCorrector,
