@@ -23,14 +23,21 @@ _OBJECTS = {
 }
 _MODULES = (
     "analytic",
+    "bound",
+    "consistency",
     "denoiser",
     "errors",
     "grids",
     "guidance",
+    "inversion",
+    "likelihood",
+    "losses",
     "noise",
+    "operators",
     "samplers",
     "sampling",
     "schedules",
+    "times",
 )
 
 

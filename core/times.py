@@ -50,7 +50,7 @@ def independent(n: int, generator: torch.Generator) -> Tensor:
 
 
 def low_discrepancy(n: int, generator: torch.Generator) -> Tensor:
-    """A comb of n teeth, 1 / n apart, at one random offset (Kingma et al., 2021, appendix I.1)."""
+    """A comb of n teeth, 1 / n apart, at one random offset (Kingma et al., 2021: VDM)."""
     u = _uniform(1, generator).expand(n)
     return (u + _places(u) / n) % 1
 
