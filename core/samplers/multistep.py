@@ -162,7 +162,7 @@ def dpmpp_3m(
     lower_order_final: int = 0,
     euler_at_final: int = 0,
 ) -> Sampler:
-    """DPM-Solver++(3M): a parabola in lambda through the last three x0 (Lu et al., 2022b, app. B).
+    """DPM-Solver++(3M): a parabola in lambda through the last three x0 (Lu et al., 2022b).
 
     Published code (DPM-Solver, k-diffusion, diffusers) counts half of the curvature and is of order
     2: `curvature` 0.5. `solver_type` is of the second step, "midpoint" in diffusers.
@@ -178,7 +178,7 @@ def dpmpp_3m(
 
 
 def dpm_2m(*, solver_type: str = "midpoint", lower_order_final: int = 0) -> Sampler:
-    """DPM-Solver(2M): a line in lambda through this eps and the last (Lu et al., 2022b, app. B).
+    """DPM-Solver(2M): a line in lambda through this eps and the last (Lu et al., 2022b).
 
     Options as of `dpmpp_2m`.
     """
@@ -192,7 +192,7 @@ def dpm_3m(
     lower_order_final: int = 0,
     euler_at_final: int = 0,
 ) -> Sampler:
-    """DPM-Solver(3M): a parabola in lambda through the last three eps (Lu et al., 2022b, app. B).
+    """DPM-Solver(3M): a parabola in lambda through the last three eps (Lu et al., 2022b).
 
     Options as of `dpmpp_3m`.
     """
@@ -221,10 +221,7 @@ def deis(*, order: int = 3, lower_order_final: int = 0) -> Sampler:
 
 
 def res_multistep() -> Sampler:
-    """RES, multistep: a line in lambda through two x0, exact weights (Zhang et al., 2023, "RES").
-
-    It is `dpmpp_2m` of solver type "heun".
-    """
+    """The refined exponential solver, multistep: `dpmpp_2m` with exact weights (Zhang et al., 2023)."""
     return dpmpp_2m(solver_type="heun")
 
 
@@ -232,7 +229,7 @@ def res_multistep() -> Sampler:
 
 
 def lms(*, order: int = 4) -> Sampler:
-    """Adams and Bashforth's method in sigma / alpha: true step sizes (Karras' ODE; k-diffusion).
+    """Linear multistep: Adams' method in sigma / alpha, with true step sizes (k-diffusion).
 
     Order 1 to 4.
     """
@@ -240,15 +237,19 @@ def lms(*, order: int = 4) -> Sampler:
 
 
 def ipndm_v(*, order: int = 4) -> Sampler:
-    """iPNDM with true step sizes, which is Adams' method and `lms` (Zhang and Chen, 2023)."""
+    """iPNDM with true step sizes, which is Adams' method and `lms` (Zhang and Chen, 2023).
+
+    The weights that circulate under this name are Adams' for two points, and for three and four
+    only where the steps are even.
+    """
     return lms(order=order)
 
 
 def ipndm(*, order: int = 4) -> Sampler:
-    """iPNDM: Adams' weights of even steps, whatever the steps (Zhang and Chen, 2023, app. H).
+    """iPNDM: Adams' weights of even steps, whatever the steps (Zhang and Chen, 2023).
 
     `order` 1 to 4 is of the weights; steps are not even in sigma / alpha, so that the error is of
-    second order at best, as for PNDM (Liu et al., 2022, theorem 3.1).
+    second order at best, as for PNDM (Liu et al., 2022).
     """
     points = _points("ipndm", order)
     return Multistep(order=min(order, 2), points=points, form="eps", variable="index")

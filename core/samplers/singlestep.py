@@ -121,7 +121,7 @@ def dpmpp_2s(*, solver_type: str = "midpoint") -> Sampler:
 
 
 def dpmpp_3s(*, solver_type: str = "midpoint", inner_type: str = "heun") -> Sampler:
-    """DPM-Solver++(3S): x0 at t and at both thirds of the step (Lu et al., 2022b, app. B)."""
+    """DPM-Solver++(3S): x0 at t and at both thirds of the step (Lu et al., 2022b)."""
     return Singlestep(order=3, form="x0", solver_type=solver_type, inner_type=inner_type)
 
 
@@ -145,7 +145,7 @@ class DPMAdaptive:
     """DPM-Solver-12 or -23: as many steps inside a step as its error asks for (Lu et al., 2022a).
 
     Two orders share their evaluations and the difference between them steers the size of the next
-    step (app. C; controller and constants of k-diffusion, of which each sample here has its own, so
+    step (controller and constants of k-diffusion, of which each sample here has its own, so
     that its neighbours in the batch do not matter). Meant for grids of few times: the error is
     looked at, and an accelerator waited for, in each of the steps inside. `evaluations` are those
     of one of them.

@@ -272,6 +272,45 @@ def test_flow_matching(name: str, sampler: Sampler, steps: int) -> None:
     compare(runs)
 
 
+@each_steps
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_multistep_on_flow(name: str, steps: int) -> None:
+    """The same samplers where alpha + sigma = 1."""
+    kind, config, sampler = CASES["dpmpp_2m" if name == "dpmpp_2m" else "unipc, 2, bh2"]
+    flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    denoise = Denoiser(network, schedules.flow(), predicts="flow", time=lambda t, schedule: t.value)
+
+    def runs(x: Tensor) -> tuple[Tensor, Tensor]:
+        expected, scheduler = oracles.run_diffusers(
+            f"{kind}Scheduler", network, x, steps, by_sigma=True, **config, **flow
+        )
+        return ours(denoise, sampler(steps), x, scheduler.sigmas.tolist()), expected
+
+    compare(runs)
+
+
+@each_steps
+@pytest.mark.parametrize(
+    ("name", "config", "sampler"),
+    [
+        ("EDMEuler", {}, lambda n: samplers.Euler()),
+        *(("EDMDPMSolverMultistep", *CASES[name][1:]) for name in ("dpmpp_2m", "dpmpp_3m")),
+    ],
+)
+def test_diffusers_with_the_network_of_edm(
+    name: str, config: dict[str, Any], sampler: Callable[[int], Sampler], steps: int
+) -> None:
+    schedule = schedules.edm(0.002, 80.0)
+    denoise = Denoiser(network, schedule, predicts="edm", scale="edm", time="log_sigma/4")
+
+    def runs(x: Tensor) -> tuple[Tensor, Tensor]:
+        expected, scheduler = oracles.run_diffusers(f"{name}Scheduler", network, x, steps, **config)
+        times = (scheduler.sigmas.double() / 80).tolist()
+        return ours(denoise, sampler(steps), x, times), expected
+
+    compare(runs, scale=80.0)
+
+
 # --- k-diffusion, at any sigma --------------------------------------------------------------------
 
 

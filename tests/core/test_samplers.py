@@ -15,7 +15,7 @@ from mdiff.core.analytic import Gaussian
 from mdiff.core.denoiser import Denoise, Guided, Prediction
 from mdiff.core.errors import UsageError
 from mdiff.core.grids import Grid
-from mdiff.core.samplers import Sampler, move
+from mdiff.core.samplers import Sampler, interpolation, move
 from mdiff.core.schedules import Schedule, Time
 
 SCHEDULES = {
@@ -163,7 +163,7 @@ AT_THE_START = {"plms": 1, "pndm": 9}
 AT_THE_END = {"predictor_corrector": 2, "annealed_langevin": 6, "repaint": 10}
 """Evaluations in the step to clean data, where no second slope exists, if not 1."""
 
-IN_STEPS_WITHIN = ("dpm_adaptive", "restart")
+IN_STEPS_WITHIN = ("dpm_adaptive", "restart", "repaint")
 """They take steps inside a step, so many of which depends on the schedule."""
 
 
@@ -465,3 +465,31 @@ def test_the_exact_flow_composes_and_ends_in_the_data() -> None:
         # the flow is what the denoiser says: many small steps of the one lead along the other
         *_, last = steps(data, noise.from_seeds([0, 1], (3, 5)), grid=grids.logsnr(200), x=None)
         assert abs(last.x.std() - 0.5) < 0.2
+
+
+@pytest.mark.parametrize("z", [-40.0, -3.0, -1.0, -1e-3, -1e-9, 0.0, 1e-6, 0.4, 1.0, 2.0, 30.0])
+def test_moments_of_the_weight_of_a_step(z: float) -> None:
+    # 400 points of Gauss and Legendre's rule
+    places, mass = np.polynomial.legendre.leggauss(400)
+    tau, weight = (places + 1) / 2, mass * np.exp(-z * (places + 1) / 2 + min(z, 0.0))
+    expected = [(weight * tau**i).sum() / weight.sum() for i in range(4)]
+    np.testing.assert_allclose(interpolation.moments(z, 4), expected, rtol=1e-11)
+
+
+def test_the_mean_of_a_polynomial_is_that_of_its_interpolation() -> None:
+    nodes, means = [0.0, -0.7, 1.0, -2.5], [1.0, 0.4, 0.3, 0.2]
+    for n in range(1, 5):
+        c = interpolation.weights(nodes[:n], means[:n])
+        for i in range(n):
+            assert sum(c[j] * nodes[j] ** i for j in range(n)) == pytest.approx(means[i])
+
+
+@pytest.mark.parametrize("name", [n for n in samplers.NAMES if n in DETERMINISTIC])
+def test_a_tensor_is_kept_for_each_point_of_the_past(name: str) -> None:
+    """And by UniPC those of the present and x, for its corrector."""
+    schedule, sampler = schedules.vp_linear(), samplers.from_name(name)
+    streams = noise.from_seeds([0, 1], (3, 8))
+    *_, last = steps(smooth(schedule), streams, sampler=sampler, grid=even(8))
+    kept = sum(isinstance(value, Tensor) for value in last.sampler_state.values())
+    points = getattr(sampler, "points", {"unipc": 4, "pndm": 4, "plms": 4}.get(name, 1))
+    assert kept == points - 1
