@@ -68,13 +68,14 @@ class Linear:
             variance: one number, or one per sample (B,).
             noise: one number.
         """
-        v = pad(variance, y) if isinstance(variance, Tensor) else variance
+        v = pad(variance.to(y.device), y) if isinstance(variance, Tensor) else variance
 
         def inverse(e: Any) -> Any:
-            e = torch.as_tensor(e, dtype=y.dtype, device=y.device)
             if noise > 0:
                 return 1 / (v * e + noise**2)
-            return torch.where(e > NEGLIGIBLE, 1 / (v * e), 0.0)
+            if isinstance(e, Tensor):
+                return torch.where(e > NEGLIGIBLE, 1 / (v * e), 0.0)
+            return 1 / (v * e) if e > NEGLIGIBLE else 0.0
 
         if self.gram is not None:
             return self.gram(inverse, y)

@@ -54,7 +54,7 @@ def classifier_free(
     single = None if isinstance(scale, Tensor) else {1.0: cond, 0.0: uncond}.get(scale)
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
-        if single is not None or _outside(interval, t):
+        if single is not None or outside(interval, t):
             return inner.bind(**(cond if single is None else single))(x, t)
         (positive, negative), fraction = ask(inner, x, t)
         x0 = negative.lerp(positive, _per_sample(scale, x))
@@ -129,7 +129,7 @@ def projected(
     ask = _ask([cond, uncond], split)
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
-        if _outside(interval, t):
+        if outside(interval, t):
             return inner.bind(**cond)(x, t)
         (positive, negative), fraction = ask(inner, x, t)
         step = positive - negative
@@ -160,8 +160,16 @@ def _ask(conds: Sequence[Conditions], split: bool) -> Ask:
         # the same tensors in every step: networks may keep what they make of them
         return {name: _stack(name, [cond[name] for cond in conds], rows) for name in names}
 
+    latest: list[tuple[Denoise, int, Denoise]] = []
+
+    def bound(inner: Denoise, rows: int) -> Denoise:
+        # the same denoiser in every step of a run
+        if not latest or latest[0][0] is not inner or latest[0][1] != rows:
+            latest[:] = [(inner, rows, inner.bind(**stacked(rows)))]
+        return latest[0][2]
+
     def batched(inner: Denoise, x: Tensor, t: Time[Any]) -> tuple[Sequence[Tensor], Tensor | None]:
-        said = inner.bind(**stacked(len(x)))(torch.cat([x] * count), _repeated(t, x, count))
+        said = bound(inner, x.shape[0])(torch.cat([x] * count), _repeated(t, x, count))
         fraction = said.variance_fraction
         return said.x0.chunk(count), None if fraction is None else fraction.chunk(count)[0]
 
@@ -202,8 +210,13 @@ def _per_sample(scale: float | Tensor, x: Tensor) -> Any:
     return pad(tile("scale", scale, len(x)).to(x.device), x)
 
 
-def _outside(interval: tuple[float, float] | None, t: Time[Any]) -> bool:
-    return interval is not None and not interval[0] <= t.value <= interval[1]
+def outside(interval: tuple[float, float] | None, t: Time[Any]) -> bool:
+    """Whether there is an interval, and t not in it."""
+    if interval is None:
+        return False
+    if isinstance(t.value, Tensor):
+        raise UsageError("guidance in an interval of times takes one time for the whole batch")
+    return not interval[0] <= t.value <= interval[1]
 
 
 def _norm(x: Tensor) -> Tensor:

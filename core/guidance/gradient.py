@@ -28,7 +28,9 @@ from mdiff.core.schedules import Schedule, Time, pad
 
 T = TypeVar("T")
 LogDensity = Callable[[Tensor, Time[Any]], Tensor]
-"""(x (B, C, *axes), t) -> log p (B,) up to a constant, differentiable in x."""
+"""(x (B, C, *axes), t) -> log p (B,) up to a constant, differentiable in x. Guidance around it may
+stack batches: what there is per sample is repeated in order by `denoiser.tile`.
+"""
 
 
 def classifier(
@@ -53,7 +55,7 @@ def classifier(
         variance: that of the sampler, a row of `samplers.ancestral.VARIANCES`.
     """
     pick("variance", VARIANCES, variance)
-    following = _following(denoise.schedule, ancestral) if ancestral is not None else None
+    following = following_of(denoise.schedule, ancestral) if ancestral is not None else None
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         said = inner(x, t)
@@ -86,7 +88,7 @@ def universal(denoise: Denoise, log_p: LogDensity, scale: float = 1.0) -> Guided
 
 def similarity(
     denoise: Denoise,
-    embed: LogDensity,
+    embed: Callable[[Tensor, Time[Any]], Tensor],
     target: Tensor,
     scale: float,
     *,
@@ -132,7 +134,7 @@ def pulled(
 def shifted(said: Prediction, level: float | Tensor, slope: Tensor) -> Prediction:
     """The same with x0 + level * slope; level one number, one per sample, or one per entry."""
     if isinstance(level, Tensor):
-        return replace(said, x0=said.x0 + pad(level, said.x0) * slope)
+        return replace(said, x0=said.x0 + pad(level.to(slope.device), slope) * slope)
     return replace(said, x0=said.x0.add(slope, alpha=level))
 
 
@@ -151,7 +153,7 @@ def step_level(t: Time[float], s: Time[float]) -> float:
     return 1 / (s.alpha * -math.expm1(t.log_snr - s.log_snr))
 
 
-def _following(schedule: Schedule, grid: Grid) -> Callable[[Time[Any]], Time[float]]:
+def following_of(schedule: Schedule, grid: Grid) -> Callable[[Time[Any]], Time[float]]:
     """Where a step of the grid from t leads."""
     # ascending, as bisection wants it
     at = schedule.at(grid(schedule).double().flip(0))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mdiff.core.denoiser import Denoise, Guided, Prediction
 from mdiff.core.errors import UsageError
-from mdiff.core.guidance.conditional import _outside
+from mdiff.core.guidance.conditional import outside
 from mdiff.core.schedules import Schedule, Time
 
 
@@ -89,7 +89,7 @@ def mixture(
         )
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
-        if _outside(interval, t):
+        if outside(interval, t):
             return inner(x, t)
         parts = cast(Several, inner).parts
         said = parts[0](x, t)

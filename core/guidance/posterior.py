@@ -23,7 +23,7 @@ from torch import Tensor
 from mdiff.core.denoiser import Denoise, Guided, Prediction
 from mdiff.core.errors import UsageError
 from mdiff.core.grids import Grid
-from mdiff.core.guidance.gradient import _following, pulled, score_level, shifted, step_level
+from mdiff.core.guidance.gradient import following_of, pulled, score_level, shifted, step_level
 from mdiff.core.operators import Linear, Operator, place
 from mdiff.core.schedules import Time
 
@@ -143,7 +143,7 @@ def dps(
     """
     residual = _residual(operator, measurement)
     schedule = denoise.schedule
-    following = _following(schedule, grid) if grid is not None else None
+    following = following_of(schedule, grid) if grid is not None else None
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         if isinstance(t.value, Tensor):

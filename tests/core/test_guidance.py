@@ -158,8 +158,29 @@ def test_nothing_is_changed() -> None:
     assert all(torch.equal(*both) for both in zip((x, YES["c"], NO["c"]), copies, strict=True))
 
 
+def test_guidance_by_name() -> None:
+    _, denoise = pair()
+    x, denoise = data((3, 4)), denoise.bind(**YES)
+    found = guidance.from_name("clamp", denoise, low=0.0)(x, 0.4).x0
+    assert torch.equal(found, guidance.clamp(denoise, 0.0)(x, 0.4).x0)
+    with pytest.raises(UsageError, match="unknown guidance 'clmp'; did you mean 'clamp'"):
+        guidance.from_name("clmp", denoise)
+    with pytest.raises(UsageError, match="guidance 'dps': missing"):
+        guidance.from_name("dps", denoise)
+
+
 def test_misuse_is_refused() -> None:
     _, denoise = pair()
+    timed = guidance.classifier_free(denoise, cond=YES, uncond=NO, scale=2.0, interval=(0.1, 0.5))
+    with pytest.raises(UsageError, match="one time for the whole batch"):
+        timed(data((3, 4)), torch.tensor([0.2, 0.3]))
+    with pytest.raises(UsageError, match="different shapes"):
+        guidance.classifier_free(
+            denoise, cond={"c": torch.zeros(1, 2)}, uncond={"c": torch.zeros(1, 3)}, scale=2.0
+        )(data((3, 4)), 0.4)
+    for scales in ([], [1.0, 2.0]):
+        with pytest.raises(UsageError, match="one scale for each"):
+            guidance.composed(denoise, conds=[YES], uncond=NO, scales=scales)
     with pytest.raises(UsageError, match="same names"):
         guidance.classifier_free(denoise, cond=YES, uncond={}, scale=2.0)
     guided = guidance.classifier_free(denoise, cond={"c": 1}, uncond={"c": 0}, scale=2.0)
@@ -614,7 +635,7 @@ EVERY: dict[str, Wrap] = {
 
 
 def test_every_guidance_is_listed_with_a_line_and_a_source() -> None:
-    assert EVERY.keys() == guidance.NAMES.keys() == set(guidance.__all__) - {"NAMES"}
+    assert EVERY.keys() == guidance.NAMES.keys() == set(guidance.__all__) - {"NAMES", "from_name"}
     for row in guidance.NAMES.values():
         first = (row.__doc__ or "").splitlines()[0]
         assert 10 < len(first) < 110 and first.endswith(".")
