@@ -36,9 +36,11 @@ def _sde(eta: float, t: Time[float], s: Time[float]) -> float:
 
 def _flow(eta: float, t: Time[float], s: Time[float]) -> float:
     """A step of a rectified flow that is longer by eta, in its sigma = r / (1 + r), r^-2 = SNR."""
+    if eta == 0 or s.sigma == 0:
+        return 0.0
     sigma_t, sigma_s = (1 / (1 + math.exp(time.log_snr / 2)) for time in (t, s))
     down = sigma_s * (1 + eta * (sigma_s / sigma_t - 1))
-    return 1 - (down / (1 - down) * (1 - sigma_s) / sigma_s) ** 2 if sigma_s > 0 else 0.0
+    return 1 - (down / (1 - down) * (1 - sigma_s) / sigma_s) ** 2
 
 
 FRESH: dict[str, Callable[[float, Time[float], Time[float]], float]] = {

@@ -43,9 +43,10 @@ class Consistency:
     ) -> tuple[Tensor, Memory]:
         """One step, see `Sampler`."""
         x0 = denoise(x, t).x0
-        std = math.sqrt(max(0.0, s.sigma**2 - (s.alpha * self.floor) ** 2)) * self.noise_scale
-        if std == 0:
+        least = s.alpha * self.floor
+        if s.sigma <= least * (1 + 1e-9):
             return s.alpha * x0, state
+        std = math.sqrt(s.sigma**2 - least**2) * self.noise_scale
         return blend(s.alpha, x0, std, noise.draw(x.device, x.dtype)), state
 
 

@@ -132,12 +132,14 @@ class SDEMultistep(Ending):
         """One step, see `Sampler`.
 
         The state is the last points, the count of steps, and with a corrector the last step but for
-        its x0: the rest of it, the weight of x0, z, and how many points correct it.
+        its x0: the rest of it, the weight of x0, z, where in lambda it began, and how many points
+        correct it.
         """
         index = state.get("index", 0.0)
         points = [(denoise(x, t).x0, t.log_snr / 2), *recall(state)]
         if "rest" in state:
-            x0 = self._mean(points[: int(state["used"])], points[1][1], points[0][1], state["z"])
+            used = points[: int(state["used"])]
+            x0 = self._mean(used, state["began"], points[0][1], state["z"])
             x = blend(1.0, state["rest"], state["weight"], x0)
         eta = self.eta if self.window[0] <= t.value <= self.window[1] else 0.0
         fresh = FRESH["sde"](eta, t, s)
@@ -147,8 +149,8 @@ class SDEMultistep(Ending):
         # leap is affine in x0: what it makes of 0, and the weight of x0
         rest = leap(x, torch.zeros_like(x), t, s, fresh, noise, self.noise_scale)
         weight = -s.alpha * math.expm1(z)
-        n = self.limit(min(self.points, len(points)), index)
-        x0 = self._mean(points[:n], t.log_snr / 2, s.log_snr / 2, z)
+        used = points[: self.limit(min(self.points, len(points)), index)]
+        x0 = self._mean(used, t.log_snr / 2, s.log_snr / 2, z)
         after = blend(1.0, rest, weight, x0)
         # no polynomial goes through a place without any signal, which is infinitely far away
         if math.isinf(t.log_snr):
@@ -156,8 +158,8 @@ class SDEMultistep(Ending):
         kept = keep(points[: max(self.points, self.corrector) - 1])
         if not self.corrector:
             return after, {**kept, "index": index + 1.0}
-        used = 1 + self.limit(min(self.corrector - 1, len(points)), index)
-        last = {"rest": rest, "weight": weight, "z": z, "used": float(used)}
+        n = 1 + self.limit(min(self.corrector - 1, len(points)), index)
+        last = {"rest": rest, "weight": weight, "z": z, "began": t.log_snr / 2, "used": float(n)}
         return after, {**kept, **last, "index": index + 1.0}
 
     def _mean(self, points: list[Point], start: float, end: float, z: float) -> Tensor:

@@ -8,9 +8,9 @@ runs: what remains is its arithmetic.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import diffusers
@@ -95,13 +95,14 @@ def run_diffusers(
     draws: Iterable[Tensor] = (),
     begin: int = 0,
     by_sigma: bool = False,
+    step: Mapping[str, Any] = MappingProxyType({}),
     **config: Any,
 ) -> tuple[Tensor, Any]:
     """A run of `diffusers.<name>(**config)`: where it ends, and the scheduler.
 
     The network is called as network(x, timestep), or with the scheduler's sigma if `by_sigma`. The
     run starts at the timestep number `begin`; what the scheduler asks for first is left to the
-    caller, who gives x.
+    caller, who gives x. `step` are options of the scheduler's steps.
     """
     kind = getattr(diffusers, name)
     module = sys.modules[kind.__module__]
@@ -113,7 +114,7 @@ def run_diffusers(
         for k, timestep in enumerate(scheduler.timesteps[begin:], begin):
             asked = scheduler.scale_model_input(x, timestep) if _scales(scheduler) else x
             said = network(asked, scheduler.sigmas[k] if by_sigma else timestep)
-            x = scheduler.step(said, timestep, x, return_dict=False)[0]
+            x = scheduler.step(said, timestep, x, return_dict=False, **step)[0]
     return x, scheduler
 
 
