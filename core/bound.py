@@ -25,6 +25,7 @@ from mdiff.core.grids import Grid
 from mdiff.core.names import pick
 from mdiff.core.noise import Noise
 from mdiff.core.samplers.ancestral import VARIANCES
+from mdiff.core.sampling import _times
 from mdiff.core.schedules import Schedule, Time, blend, pad
 
 
@@ -151,9 +152,8 @@ def bound(
         variance: of a network that learned none, a row of `VARIANCES`.
     """
     schedule = denoise.schedule
-    times = [
-        schedule.at(t) for t in (grid or grids.leading(schedule.entries))(schedule).double().cpu()
-    ]
+    visited = _times(schedule, grid or grids.leading(schedule.entries))
+    times = [schedule.at(torch.tensor(t.value, dtype=torch.float64)) for t in visited]
     noise = Noise.restore(noise.state())
     terms: list[Tensor] = []
     errors: list[Tensor] = []
@@ -162,7 +162,7 @@ def bound(
         said = denoise(x, t)
         terms.append(term(said, x0, t, s, above, variance))
         errors.append(mean_of_each((said.x0 - x0) ** 2))
-    start = prior(schedule, x0, times[0].value.item())
+    start = prior(schedule, x0, visited[0].value)
     return Bound(prior=start, terms=_columns(terms), errors=_columns(errors))
 
 
