@@ -13,7 +13,7 @@ under the weight e^(-z tau) on [0, 1] that the step gives to each place:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def average(
     return weights(nodes, means)
 
 
-def combine(coefficients: Sequence[float] | Sequence[Tensor], said: Sequence[Tensor]) -> Tensor:
+def combine(coefficients: Sequence[Any], said: Sequence[Tensor]) -> Tensor:
     """sum_j c_j said_j, with c_j one number for all, or one per sample (B,)."""
     if len(said) == 1:
         return said[0]

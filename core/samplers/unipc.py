@@ -92,19 +92,18 @@ class UniPC(Ending):
         after = self._moved(x, points[:n], t, s) if past else move(x, x0, t, s)
         if math.isinf(t.log_snr):
             return after, {"index": index + 1.0}
-        began = {f"began.{name}": value for name, value in t._asdict().items()}
-        return after, {**keep(points), **began, "x": x, "used": float(n), "index": index + 1.0}
+        here = {f"began.{name}": value for name, value in t._asdict().items()}
+        return after, {**keep(points), **here, "x": x, "used": float(n), "index": index + 1.0}
 
     def _moved(
         self, x: Tensor, points: list[tuple[Tensor, float]], t: Time[float], s: Time[float]
     ) -> Tensor:
         """x from t to s, by the mean of the polynomial through these points."""
         form = FORMS[self.form]
-        h = (s.log_snr - t.log_snr) / 2
         if len(points) == 1:
             return form.travel(x, points[0][0], t, s)
+        h = (s.log_snr - t.log_snr) / 2
+        z = form.sign * h
         nodes = [(at - t.log_snr / 2) / h for _, at in points]
-        first = SOLVER_TYPES[self.solver_type](form.sign * h)
-        return form.travel(
-            x, combine(average(nodes, form.sign * h, first), [said for said, _ in points]), t, s
-        )
+        c = average(nodes, z, SOLVER_TYPES[self.solver_type](z))
+        return form.travel(x, combine(c, [said for said, _ in points]), t, s)
