@@ -138,7 +138,8 @@ def dps(
     Args:
         operator: any differentiable function of x0.
         measurement: y, as for `replacement`.
-        scale: zeta of the paper's code, 0.3 to 1 there: that of the norm, and not of its square.
+        scale: zeta of the paper's code, 0.3 to 1 there: that of the norm, and not of its square. A
+            step moves x by about that much whatever its size, so small data want less.
         grid: the grid that will be sampled on, for the algorithm step by step.
     """
     residual = _residual(operator, measurement)
@@ -148,7 +149,8 @@ def dps(
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         if isinstance(t.value, Tensor):
             raise UsageError("dps takes one time for the whole batch")
-        s = following(t) if following else schedule.at(max(0.0, t.value - 1e-3))
+        before: float = max(0.0, t.value - 1e-3)
+        s = following(t) if following else schedule.at(before)
         said, slope = pulled(inner, x, t, lambda x0: -_norm(residual(x0)))
         return shifted(said, scale * step_level(t, s), slope)
 

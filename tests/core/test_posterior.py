@@ -67,6 +67,12 @@ OPERATORS: dict[str, Callable[[tuple[int, ...]], Linear]] = {
 }
 
 
+METHODS: dict[str, Callable[..., Denoise]] = {
+    name: guidance.NAMES[name]
+    for name in ("replacement", "pseudo_inverse", "reconstruction", "dps")
+}
+
+
 def dense(operator: Linear, shape: tuple[int, ...]) -> Tensor:
     return operator(torch.eye(N, dtype=torch.float64).reshape(N, *shape)).flatten(1).T
 
@@ -127,8 +133,10 @@ def moments(
     denoise: Denoise, shape: tuple[int, ...], grid: grids.Grid | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of what Heun's method makes, if it is affine in the start."""
+    grid = grid or grids.karras(60)
     starts = torch.cat([torch.zeros(1, N), torch.eye(N)]).double().reshape(N + 1, *shape)
-    ends = run(denoise, starts, Heun(), grid or grids.karras(60)).flatten(1)
+    starts = starts * max(1.0, along(denoise.schedule, grid)[0].sigma)
+    ends = run(denoise, starts, Heun(), grid).flatten(1)
     map_ = (ends[1:] - ends[0]).T
     return ends[0], map_ @ map_.T
 
@@ -178,6 +186,49 @@ def test_exact_guidance_samples_the_posterior(name: str, shape: tuple[int, ...])
     found_mean, found_cov = moments(guided, shape)
     torch.testing.assert_close(found_mean, mean, rtol=0, atol=0.01)
     torch.testing.assert_close(found_cov, cov, rtol=0, atol=0.02)
+
+
+OTHERS = {
+    "linear": schedules.linear(),
+    "cosine": schedules.cosine(),
+    "subvp": schedules.subvp(),
+    "ve": schedules.ve(),
+    "edm": schedules.edm(),
+    "flow": schedules.flow(),
+}
+
+
+@pytest.mark.parametrize("schedule", OTHERS.values(), ids=OTHERS)
+def test_exact_guidance_on_every_kind_of_schedule(schedule: Schedule) -> None:
+    shape = (2, 2, 3)
+    data = Correlated(schedule=schedule, covariance=DATA.covariance)
+    operator = first_known(shape)
+    y = operator(TRUTH.reshape(1, *shape))
+    mean, cov = exact(data, operator, y, shape, 0.2)
+    solve = best_solve(data, operator, shape, 0.2)
+    guided = guidance.pseudo_inverse(data, operator, y, noise=0.2, solve=solve)
+    # where nothing is left of the signal no gradient says anything
+    grid = grids.truncate(grids.logsnr(80), min(schedule.high, 0.9999))
+    found_mean, found_cov = moments(guided, shape, grid)
+    torch.testing.assert_close(found_mean, mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(found_cov, cov, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("schedule", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("shape", [(3, 8), (3, 4, 6), (3, 4, 2, 6)])
+def test_every_method_on_every_kind_of_schedule_stays_finite(
+    schedule: Schedule, shape: tuple[int, ...]
+) -> None:
+    half = operators.downsample([2] * (len(shape) - 1))
+    y = half(torch.ones(1, *shape))
+    denoise = Gaussian(schedule=schedule, std=0.5)
+    grid = grids.truncate(grids.karras(8), min(schedule.high, 0.9999))
+    for name, method in METHODS.items():
+        guided = method(denoise, half, y, **({"scale": 0.01} if name == "dps" else {}))
+        x = sample(guided, noise.from_seeds([0, 1], shape), sampler="dpmpp_2m", grid=grid)
+        assert x.dtype == torch.float32 and x.isfinite().all() and x.abs().max() < 10
+        near = (half(x) - y).abs().max()
+        assert near < {"replacement": 1e-4, "pseudo_inverse": 0.3}.get(name, math.inf)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -548,11 +599,6 @@ def test_repaint_can_be_resumed() -> None:
 
 
 # --- misuse ---------------------------------------------------------------------------------------
-
-METHODS: dict[str, Callable[..., Denoise]] = {
-    name: guidance.NAMES[name]
-    for name in ("replacement", "pseudo_inverse", "reconstruction", "dps")
-}
 
 
 @pytest.mark.parametrize("method", METHODS)
