@@ -57,7 +57,7 @@ def term(
     Args:
         said: what the denoiser says of x_t; its variance is used if it has one.
         t, s, above: the times of the step, and that of the step before, from above to t: the variance of the posterior
-            is 0 at clean data, and that of the step before stands in for it (Ho et al., 2020, section 3.4).
+            is 0 at clean data, and that of the step before stands in for it, as in the code of Ho et al., 2020.
         variance: of a network that learned none, a row of `VARIANCES`.
     """
     clean = s.sigma == 0
@@ -80,7 +80,7 @@ def term(
     gap = torch.where(clean, 0.0, torch.exp(s.log_snr) - torch.exp(t.log_snr))
     distance = (x0 - said.x0) ** 2 * spread(gap)
     divergence = (excess - 1 + torch.exp(-excess) * (1 + distance)) / 2
-    decoder = -discretised_log_normal(x0, said.x0, (excess + spread(small)) / 2)
+    decoder = -discretised_gaussian(x0, said.x0, (excess + spread(small)) / 2)
     nats = torch.where(spread(clean) > 0, decoder, divergence)
     return mean_of_each(nats) / math.log(2)
 
@@ -97,7 +97,7 @@ def _log_variances(t: Time[Tensor], s: Time[Tensor], above: Time[Tensor]) -> tup
     return torch.where(s.sigma == 0, before, log_fresh(t, s) + 2 * s.sigma.log()), beta
 
 
-def discretised_log_normal(x: Tensor, mean: Tensor, log_std: Tensor, levels: int = 256) -> Tensor:
+def discretised_gaussian(x: Tensor, mean: Tensor, log_std: Tensor, levels: int = 256) -> Tensor:
     """log of what N(mean, std^2) gives to the bin around each x, in nats (Ho et al., 2020, eq. 13).
 
     x is one of `levels` values, evenly from -1 to 1; the bins of -1 and 1 reach to infinity. The distribution function

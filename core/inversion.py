@@ -41,13 +41,13 @@ def ddim(
     """The x at the first time of the grid from which DDIM comes back to x0 (Song et al., 2021: DDIM, section 4.3).
 
     With one iteration it comes back the better the more steps there are. With more, to rounding where they converge:
-    where the denoiser's noise changes less than x does over a step (Pan et al., 2023: AIDI, eq. 8).
+    where the denoiser's noise changes less than x does over a step (Pan et al., 2023: AIDI).
 
     Args:
         x0: clean data, (B, C, *axes).
         grid: the times of the sampler, visited backwards.
         told: the time that the denoiser is told in the step from t up to s: "next", s, or "own", t. At clean data no
-            network answers, so with "own" x0 is taken for x at the last time before it (Dhariwal and Nichol, 2021).
+            network answers, so with "own" x0 is taken for x at the last time before it (guided-diffusion).
         iterations: evaluations in each step; more than one only with "next".
         read: at which noise level the denoiser's answer is read, with "next": that of s, which it was "told", or that
             of x, its "level" (diffusers). It makes no difference to eps.
@@ -113,7 +113,7 @@ def _rising(denoise: Denoise, grid: Grid) -> list[Time[float]]:
 def edict(
     denoise: Denoise, x0: Tensor, grid: Grid, *, mixing: float = 0.93
 ) -> tuple[Tensor, Tensor]:
-    """The pair from which `edict_decode` comes back to (x0, x0), to rounding (Wallace et al., 2023, eq. 15).
+    """The pair from which `edict_decode` comes back to (x0, x0), to rounding (Wallace et al., 2023: EDICT).
 
     Two evaluations a step. What keeps the pair together on the way down drives it apart on the way up, by 1 / mixing^2
     a step: the default is for up to some fifty steps, and 1 - 3.5 / steps for more.
@@ -137,7 +137,7 @@ def edict(
 def edict_decode(
     denoise: Denoise, pair: tuple[Tensor, Tensor], grid: Grid, *, mixing: float = 0.93
 ) -> tuple[Tensor, Tensor]:
-    """The pair at clean data, from a pair at the first time of the grid (Wallace et al., 2023, eq. 14).
+    """The pair at clean data, from a pair at the first time of the grid (Wallace et al., 2023: EDICT).
 
     From (x, x) it is a sampler of its own, near DDIM. The arguments are those of `edict`.
     """
@@ -154,6 +154,9 @@ def edict_decode(
 def _check(mixing: float) -> None:
     if not 0 < mixing <= 1:
         raise UsageError(f"mixing {mixing} is not above 0 and at most 1")
+
+
+NAMES: dict[str, Callable[..., Any]] = {"ddim": ddim, "edict": edict}
 
 
 # --- between two samples --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 r"""The log-likelihood of data, by the probability flow.
 
 On the quarter circle alpha = r cos(phi), sigma = r sin(phi) the flow of z = x / r is the same for every schedule
-(Salimans and Ho, 2022, section 4),
+(Salimans and Ho, 2022, appendix D),
 
     dz / dphi = v(z, phi) = cos(phi) eps - sin(phi) x0,
 
@@ -39,7 +39,7 @@ class Likelihood:
 
     Attributes:
         log_density: (B,) log p(x0) in nats, float64.
-        bits: (B,) -log2 p(x0) / D, less the bits of a step between levels where there are any.
+        bits: (B,) bits per dimension, -log2 (p(x0) level_width^D) / D.
         latent: (B, C, *axes), where the flow takes the data at the last time.
         evaluations: of the denoiser.
     """

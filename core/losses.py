@@ -98,7 +98,7 @@ def v(reduce: str = "mean") -> Loss:
 
 
 def score(reduce: str = "mean") -> Loss:
-    """Regression of the score with no weight: denoising score matching (Vincent, 2011, eq. 9)."""
+    """Regression of the score with no weight: denoising score matching (Vincent, 2011)."""
     return _regression(of("score"), reduce=reduce)
 
 
@@ -135,7 +135,7 @@ def edm(sigma_data: float = 0.5) -> Loss:
 
 
 def min_snr(gamma: float = 5.0) -> Loss:
-    """Weight min(SNR, gamma) on x0, the same loss for eps, v and x0 (Hang et al., 2023, eq. 10)."""
+    """Weight min(SNR, gamma) on x0, the same loss for eps, v and x0 (Hang et al., 2023: min-SNR)."""
     return _regression(lambda t, schedule: snr(t).clamp(max=gamma))
 
 
@@ -150,7 +150,7 @@ def truncated_snr() -> Loss:
 
 
 def p2(gamma: float = 1.0, k: float = 1.0) -> Loss:
-    """Weight 1 / (k + SNR)^gamma on eps: less for what the eye misses (Choi et al., 2022, eq. 8)."""
+    """Weight 1 / (k + SNR)^gamma on eps: less for what the eye misses (Choi et al., 2022: P2)."""
     return _regression(lambda t, schedule: snr(t) / (k + snr(t)) ** gamma)
 
 

@@ -269,6 +269,8 @@ def test_misuse_is_refused() -> None:
     for mixing in (0.0, 1.1):
         with pytest.raises(UsageError, match="mixing"):
             inversion.edict(denoise, x0, grid, mixing=mixing)
+    with pytest.raises(UsageError, match="decreasing"):
+        inversion.ddim(denoise, x0, lambda schedule: torch.tensor([0.2, 0.5, 0.0]))
     silent = Denoiser(net, schedules.from_name("zero_terminal"), predicts="v")
     with pytest.raises(UsageError, match="no signal"):
         inversion.ddim(silent, x0, grids.trailing(5))

@@ -313,7 +313,7 @@ def test_the_bound_is_the_entropy_where_every_reverse_step_is_exact(name: str, s
 def test_the_decoder_gives_every_level_its_share_and_all_of_them_one() -> None:
     levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
     for mean, std in ((0.0, 0.1), (0.97, 0.05), (-1.2, 0.3)):
-        log = bound.discretised_log_normal(
+        log = bound.discretised_gaussian(
             levels, torch.full_like(levels, mean), torch.full_like(levels, math.log(std))
         )
         assert log.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
@@ -325,5 +325,9 @@ def test_learned_variance_is_used_and_needed() -> None:
     t, s, above = (schedule.at(torch.tensor(v, dtype=torch.float64)) for v in (0.5, 0.4, 0.6))
     with pytest.raises(UsageError, match="learned one"):
         bound.term(said, torch.zeros(1, 4), t, s, above, "learned")
+    data = Gaussian(schedule=schedule)
+    rising = lambda schedule: torch.tensor([0.2, 0.5, 0.0])  # noqa: E731
+    with pytest.raises(UsageError, match="decreasing"):
+        bound.bound(data, torch.zeros(1, 4), noise.from_seeds([1], (4,)), grid=rising)
     with pytest.raises(UsageError, match="unknown variance"):
         bound.term(said, torch.zeros(1, 4), t, s, above, "tiny")

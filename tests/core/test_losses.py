@@ -192,6 +192,21 @@ def test_losses_of_k_diffusion(karras: ModuleType, weighting: str, shape: tuple[
     close(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("name", ["vp_linear", "subvp", "ve", "cosine"])
+def test_the_likelihood_weight_integrates_to_mutual_information(name: str) -> None:
+    schedule, std = SCHEDULES[name], 0.5
+    denoise = Gaussian(schedule=schedule, mean=0.3, std=std)
+    x0, z = 0.3 + std * randn(4000, 200), randn(4000, 200, seed=1)
+    t, _ = times.uniform("stratified")(schedule, 4000, torch.Generator().manual_seed(0))
+    each = losses.score_sde(likelihood=True, reduce="sum")(denoise, x0, t, z)
+    found = each.mean().item() * (schedule.high - schedule.low)
+    ends = torch.tensor([schedule.low, schedule.high], dtype=torch.float64)
+    snr = schedule.log_snr(ends).exp()
+    # Guo et al., 2005: d I / d SNR is half the least squared error
+    first, last = torch.log1p(std**2 * snr) / 2
+    assert found == pytest.approx(200 * (first - last).item(), rel=0.02)
+
+
 # --- guided-diffusion -----------------------------------------------------------------------------
 
 

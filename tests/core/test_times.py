@@ -192,6 +192,12 @@ def test_the_densities_of_diffusers(scheme: str) -> None:
     assert stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 1e-3
 
 
+def test_every_law_and_spread_has_a_line_and_a_source() -> None:
+    for row in [*times.NAMES.values(), *times.SPREADS.values()]:
+        first = (row.__doc__ or "").splitlines()[0]
+        assert first.endswith((".", ")")) and any(c.isdigit() for c in row.__doc__ or ""), row
+
+
 def test_misuse_is_refused() -> None:
     generator = torch.Generator()
     with pytest.raises(UsageError, match="'log_normal'"):
