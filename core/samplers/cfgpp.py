@@ -67,5 +67,5 @@ class CFGpp:
 
 
 def dpmpp_2m_cfgpp(*, solver_type: str = "midpoint") -> CFGpp:
-    """DPM-Solver++(2M) with the noise of the unguided x0 (Chung et al., 2024, app. C)."""
+    """DPM-Solver++(2M) with the noise of the unguided x0 (Chung et al., 2024)."""
     return CFGpp(sampler=dpmpp_2m(solver_type=solver_type))

@@ -77,13 +77,14 @@ class Churn:
 
 @dataclass(frozen=True, kw_only=True)
 class Restart:
-    """Restart sampling: an interval is run through again from fresh noise (Xu et al., 2023, alg. 1).
+    """Restart sampling: an interval is run through again from fresh noise (Xu et al., 2023).
 
     The step that ends at or below `low` is followed by `times` rounds: noise up to `high`, then
     down again along `steps` steps of a Karras grid.
 
     Attributes:
-        sampler: the steps, of the run and of the rounds.
+        sampler: the steps, of the run and of the rounds. A stochastic one would meet the same
+            noise in each round if it is that of Brownian paths.
         low, high: the levels of the interval.
         times: rounds, K of the paper.
         steps: steps a round.

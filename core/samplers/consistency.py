@@ -52,7 +52,7 @@ class Consistency:
 
 @dataclass(frozen=True, kw_only=True)
 class LCM:
-    """Latent consistency: `Consistency` with a boundary at index 0 (Luo et al., 2023, eq. 6 to 8).
+    """Latent consistency: `Consistency` with a boundary at index 0 (Luo et al., 2023).
 
     The consistency function c_skip x + c_out x0, c_skip = d^2 / (u^2 + d^2) and c_out = u / sqrt(u^2
     + d^2) of u = `scaling` times the index, is x itself at index 0 of the table.
@@ -88,7 +88,7 @@ class LCM:
 
 @dataclass(frozen=True, kw_only=True)
 class TCD:
-    """Strategic stochastic sampling: past s along the flow, then back (Zheng et al., 2024, alg. 4).
+    """Strategic stochastic sampling: past s along the flow, then back (Zheng et al., 2024).
 
     Attributes:
         gamma: how far past, as a part of s: 0 stops at s and is `DDIM`, 1 goes to the end of the

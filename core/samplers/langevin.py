@@ -55,7 +55,7 @@ class ReverseDiffusion:
 
 @dataclass(frozen=True, kw_only=True)
 class EulerMaruyama:
-    """Euler-Maruyama on the reverse SDE in t (Song et al., 2021, app. D).
+    """Euler-Maruyama on the reverse SDE in t (Song et al., 2021, section 4.1).
 
     Attributes:
         eta: how much of the noise of the SDE; 0 is Euler's method in t on the probability flow,
@@ -115,7 +115,7 @@ def _rates(schedule: Schedule, t: Time[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorCorrector:
-    """Langevin steps at t, then a step to s (Song et al., 2021, alg. 4 and 5).
+    """Langevin steps at t, then a step to s (Song et al., 2021, alg. 1 to 5).
 
     Attributes:
         predictor: the step: `ReverseDiffusion`, `EulerMaruyama`, `DDPM` (ancestral) or any other.
@@ -173,7 +173,8 @@ class AnnealedLangevin:
     Attributes:
         steps: Langevin steps a level.
         size: of a step, over sigma^2; below 1 for the dynamics to be stable.
-        final: end with the denoiser's x0 (2020, section 3.3) instead of the last noisy x.
+        final: end with the denoiser's x0 instead of the last noisy x (Jolicoeur-Martineau et al.,
+            2021).
     """
 
     steps: int = 5

@@ -28,6 +28,9 @@ from mdiff.core.schedules import Time, blend
 class DPMppSDE:
     """DPM-Solver++ SDE, two evaluations a step (k-diffusion `dpmpp_sde`; Lu et al., 2022b).
 
+    On Brownian paths, where the noise of the first part of the step is part of that of the whole,
+    it is SEEDS-2 (Gonzalez et al., 2023).
+
     Attributes:
         eta: 1 is the reverse SDE, 0 the probability flow.
         r: where in the step, in log-SNR, the second evaluation is.
@@ -77,7 +80,7 @@ SOLVER_TYPES: dict[str, Callable[[float], float] | None] = {
     "sa": lambda z: z / math.expm1(z) / 2,
 }
 """m_1 between two nodes, from z = -(1 + eta) h; None: exactly. "midpoint" is DPM-Solver's, "sa" is
-SA-Solver's for few steps (Xue et al., 2023, app. D)."""
+SA-Solver's for few steps (the code of Xue et al., 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
