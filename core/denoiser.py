@@ -12,6 +12,7 @@ multiplied with before the network sees it is another, and a row of `SCALES`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -250,9 +251,9 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         pick("prediction", PREDICTS, self.predicts)
-        if isinstance(self.scale, str):
-            pick("scale", SCALES, self.scale)
-        self._tell(Time(1.0, 1.0, 1.0, 0.0))
+        if self._scale is not None:
+            self._scale(Time(1.0, 1.0, 1.0, 0.0))
+        self._tell(Time(1.0, 1.0, 1.0, 0.0), self.schedule)
 
     @property
     def device(self) -> torch.device:
@@ -265,14 +266,17 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Prediction:
         """E[x_0 | x_t = x]. Shapes: x (B, C, *axes); t one number, or one per sample (B,)."""
-        rows, at = len(x), self.schedule.at(t)
+        rows = x.shape[0]
+        at = t if isinstance(t, Time) else self.schedule.at(t)
         if isinstance(at.value, Tensor):
             at = Time(*(tile("t", entry, rows) for entry in at))
         cond = {name: tile(name, value, rows) for name, value in self.cond.items()}
-        scale = SCALES[self.scale] if isinstance(self.scale, str) else self.scale
-        seen = x if scale is None else x * _padded(scale(at), x)
-        seen = seen.to(self._example(x).dtype)
-        output = self.net(seen, _row(self._tell(at), x), **cond).to(x.dtype)
+        seen = x if self._scale is None else x * _padded(self._scale(at), x)
+        dtype = self._example(x).dtype
+        # to ask costs a tenth of what a conversion to the same type costs
+        seen = seen if seen.dtype == dtype else seen.to(dtype)
+        output = self.net(seen, _row(self._tell(at, self.schedule), x), **cond)
+        output = output if output.dtype == x.dtype else output.to(x.dtype)
         fraction = None
         if self.learned_variance:
             output, place = output.chunk(2, dim=1)
@@ -284,11 +288,17 @@ class Denoiser:
             )
         return Prediction(x0=to_x0(self.predicts, output, x, at), variance_fraction=fraction)
 
-    def _tell(self, at: Time[Any]) -> Any:
-        """The time in the network's form."""
-        form = self.time
-        form = pick("form of the time", TIMES, form) if isinstance(form, str) else form
-        return form(at, self.schedule)
+    @cached_property
+    def _tell(self) -> Callable[[Time[Any], Schedule], Any]:
+        """The form of the time."""
+        return (
+            pick("form of the time", TIMES, self.time) if isinstance(self.time, str) else self.time
+        )
+
+    @cached_property
+    def _scale(self) -> Callable[[Time[Any]], Any] | None:
+        """What x is multiplied with."""
+        return pick("scale", SCALES, self.scale) if isinstance(self.scale, str) else self.scale
 
     def _example(self, default: Tensor) -> Tensor:
         """A parameter of the network, for its device and dtype; `default` if it has none."""
@@ -324,7 +334,7 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Time[float] | Time[Tensor] | float | Tensor) -> Prediction:
         """What the rule makes of x at t."""
-        return self.rule(self.inner, x, self.schedule.at(t))
+        return self.rule(self.inner, x, t if isinstance(t, Time) else self.schedule.at(t))
 
 
 def _padded(value: float | Tensor, x: Tensor) -> float | Tensor:
@@ -336,13 +346,14 @@ def _row(value: float | Tensor, x: Tensor) -> Tensor:
     """A time for each row of x, on its device, (B,), in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if isinstance(value, Tensor):
-        return value.to(x.device, dtype).expand(len(x))
-    return torch.full((len(x),), value, dtype=dtype, device=x.device)
+        return value.to(x.device, dtype).expand(x.shape[0])
+    return x.new_full((x.shape[0],), value, dtype=dtype)
 
 
 def tile(name: str, value: Any, rows: int) -> Any:
     """A condition for a batch of `rows`; what is not a tensor with a batch axis stays as it is."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == rows:
+    # the shape, because len() of a tensor is slow
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] == rows:
         return value
     if len(value) == 1:
         return value.expand(rows, *value.shape[1:])

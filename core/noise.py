@@ -39,12 +39,14 @@ class Noise:
     shape: tuple[int, ...]
     generators: tuple[torch.Generator, ...]
     paths: tuple["Path", ...] = ()
+    _state: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     def draw(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The next (B, *shape) normal numbers; float32 on the CPU unless told otherwise."""
         batch, device = self._empty(device)
+        self._state.clear()
         for row, generator in zip(batch, self.generators, strict=True):
             torch.randn(self.shape, generator=generator, out=row)
         return batch.to(device, dtype, non_blocking=True)
@@ -68,15 +70,18 @@ class Noise:
 
     def state(self) -> dict[str, Tensor]:
         """Where the streams are: "generators" (B, bytes) uint8, "shape" (axes,) int64, and if there
-        are paths their "seeds" (B,) int64.
+        are paths their "seeds" (B,) int64. The same tensors until something is drawn.
         """
-        # the bits of a seed as a signed number
-        seeds = [path.seed - (path.seed >> 63 << 64) for path in self.paths]
-        return {
-            "generators": torch.stack([g.get_state() for g in self.generators]),
-            "shape": torch.tensor(self.shape, dtype=torch.int64),
-            **({"seeds": torch.tensor(seeds, dtype=torch.int64)} if seeds else {}),
-        }
+        if not self._state:
+            # the bits of a seed as a signed number
+            seeds = [path.seed - (path.seed >> 63 << 64) for path in self.paths]
+            made = {
+                "generators": torch.stack([g.get_state() for g in self.generators]),
+                "shape": torch.tensor(self.shape, dtype=torch.int64),
+                **({"seeds": torch.tensor(seeds, dtype=torch.int64)} if seeds else {}),
+            }
+            self._state.append(made)
+        return dict(self._state[0])
 
     @staticmethod
     def restore(state: Mapping[str, Tensor]) -> "Noise":

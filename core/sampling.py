@@ -130,11 +130,14 @@ def steps(
         )
     observed, said = _observe(denoise)
     sums: list[Tensor] = []
+    # sums of half a precision overflow
+    kind = torch.float32 if torch.finfo(x.dtype).bits < 32 else None
+    every = 1 if x.device.type == "cpu" else _CHECK_EVERY
     for index in range(first, total):
         x, memory = sampler.step(observed, x, times[index], times[index + 1], memory, noise)
         # one pass, and not finite if any x0 was not, since every step adds x0 to x
-        sums.append(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))
-        if x.device.type == "cpu" or len(sums) == _CHECK_EVERY or index + 1 == total:
+        sums.append(x.sum(dtype=kind))
+        if len(sums) == every or index + 1 == total:
             _check(sums, times, index)
             sums.clear()
         yield State(
@@ -195,7 +198,8 @@ def _observe(denoise: Denoise) -> tuple[Guided, deque[Tensor]]:
 
 def _check(sums: list[Tensor], times: list[Time[float]], index: int) -> None:
     """Raises for the first of the steps up to `index` whose sum over x is not finite."""
-    for step, value in enumerate(torch.stack(sums).tolist(), index + 1 - len(sums)):
+    values = [sums[0].item()] if len(sums) == 1 else torch.stack(sums).tolist()
+    for step, value in enumerate(values, index + 1 - len(values)):
         if not math.isfinite(value):
             t = times[step]
             raise NonFiniteError(

@@ -96,7 +96,7 @@ class Schedule:
 
     def index(self, t: V) -> V:
         """The place of t in the table, t T - 1: exact integers at its entries. Raises as that."""
-        return _snap(t * self.entries) - 1
+        return _snap(t * (self.steps or self.entries)) - 1
 
     @overload
     def at(self, t: Tensor | Time[Tensor]) -> Time[Tensor]: ...
@@ -504,7 +504,7 @@ NAMES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def from_name(name: str, **params: Any) -> Schedule:
+def from_name(name: str, /, **params: Any) -> Schedule:
     """The schedule of that name, e.g. from_name("scaled_linear", beta_end=0.02).
 
     Raises:

@@ -169,7 +169,8 @@ def _ask(conds: Sequence[Conditions], split: bool) -> Ask:
         return latest[0][2]
 
     def batched(inner: Denoise, x: Tensor, t: Time[Any]) -> tuple[Sequence[Tensor], Tensor | None]:
-        said = bound(inner, x.shape[0])(torch.cat([x] * count), _repeated(t, x, count))
+        times = _repeated(t, x, count) if isinstance(t.value, Tensor) else t
+        said = bound(inner, x.shape[0])(torch.cat([x] * count), times)
         fraction = said.variance_fraction
         return said.x0.chunk(count), None if fraction is None else fraction.chunk(count)[0]
 
@@ -182,8 +183,6 @@ def _ask(conds: Sequence[Conditions], split: bool) -> Ask:
 
 def _repeated(t: Time[Any], x: Tensor, count: int) -> Time[Any]:
     """The times of `count` batches like x in a row."""
-    if not isinstance(t.value, Tensor):
-        return t
     return Time(*(tile("t", entry, count * len(x)) for entry in t))
 
 
