@@ -27,7 +27,7 @@ def pick(kind: str, table: Mapping[str, T], name: str) -> T:
 
 
 def make(
-    kind: str, table: Mapping[str, Callable[..., T]], name: str, *args: Any, **params: Any
+    kind: str, table: Mapping[str, Callable[..., T]], name: str, /, *args: Any, **params: Any
 ) -> T:
     """Calls the row `name` of a table of functions.
 

@@ -6,7 +6,8 @@
     python -m mdiff.plugins.audio.train unet        --data DIR --out RUN --minutes 60
     python -m mdiff.plugins.audio.train export      --out RUN --to DIR
 
-`--data` is what `python -m mdiff.plugins.audio.data.recipe` built; held-out clips are never read here.
+`--data` is what `python -m mdiff.plugins.audio.data.recipe` built; held-out clips are never read here. A network that
+the run does not hold is the shipped one; `--init` starts training from the shipped weights instead of random ones.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from numpy.lib.format import open_memmap
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdiff.core import host, registry, schedules
+from mdiff.core import host, registry, schedules, weights
 from mdiff.core.hooks import text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.core.record import atomic_write
-from mdiff.core.training import Budget, averaged, train
+from mdiff.core.training import OPTIMIZERS, Budget, averaged, begin, train
 from mdiff.plugins.audio.audioldm import to_image, to_mel
 from mdiff.plugins.audio.data.captions import Clip, plain, varied
 from mdiff.plugins.audio.data.store import load as load_clips
@@ -60,6 +61,23 @@ Net = TypeVar("Net", bound=nn.Module)
 
 def config() -> Mapping[str, Any]:
     return registry.load(host.current()).resolve(MODEL).config
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(**config()["autoencoder"])
+
+
+def vocoder() -> MelInverter:
+    return MelInverter(**config()["vocoder"])
+
+
+def joint() -> JointEmbedding:
+    width = text_encoder(config()["text_encoder"]).width
+    return JointEmbedding(tokens=width, **config()["joint"])
+
+
+def unet() -> UNet:
+    return UNet(**config()["unet"])
 
 
 @dataclass(frozen=True)
@@ -95,9 +113,30 @@ class Clips:
         frames = self.waves.shape[1] // HOP
         return cached(self.folder / "mels.npy", (len(self.waves), BANDS, frames), fill)
 
-    def draw(self, generator: torch.Generator, count: int) -> np.ndarray:
-        """Row numbers of a batch; kinds are drawn by their share of the set."""
-        return self.rows[torch.randint(len(self.rows), (count,), generator=generator).numpy()]
+    @cached_property
+    def notes(self) -> np.ndarray:
+        """Those of `rows` that are single notes."""
+        return np.array([i for i in self.rows if self.all[i].kind == "note"])
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        """Those of `notes` below D3, whose harmonics mel bands hardly tell apart."""
+        return np.array([i for i in self.notes if (self.all[i].midi or 0) < 50])
+
+    def draw(
+        self,
+        generator: torch.Generator,
+        count: int,
+        favoured: Sequence[int] | np.ndarray = (),
+        share: float = 0.0,
+    ) -> np.ndarray:
+        """Row numbers of a batch: this share of it among the favoured rows, the others among all."""
+        few = round(share * count) if len(favoured) else 0
+        parts = [(np.asarray(favoured), few), (self.rows, count - few)]
+        drawn = [
+            rows[torch.randint(len(rows), (n,), generator=generator)] for rows, n in parts if n
+        ]
+        return np.concatenate(drawn)
 
 
 def cached(
@@ -124,7 +163,7 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 
 
 def train_vocoder(clips: Clips, out: Path, budget: Budget) -> None:
-    net = MelInverter(**config()["vocoder"])
+    net = vocoder()
     decoded = decoded_mels(clips, out)
     frames = 128
     # low notes live in few bins, between which mel bands tell least
@@ -132,7 +171,7 @@ def train_vocoder(clips: Clips, out: Path, budget: Budget) -> None:
     weight = 0.5 + 4 * torch.exp(-hertz / 800)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = clips.draw(generator, 12)
+        rows = clips.draw(generator, 12, clips.low, 0.5)
         start = int(torch.randint(clips.mels.shape[-1] - frames + 1, (1,), generator=generator))
         wave = pick(clips.waves[:, start * HOP : (start + frames) * HOP], rows) / 32768
         if step % 2:  # what the autoencoder makes of the mels, as when it is used
@@ -165,11 +204,12 @@ def bent(wave: Tensor, factor: float) -> Tensor:
 
 
 def train_autoencoder(clips: Clips, out: Path, budget: Budget) -> None:
-    net = AutoencoderKL(**config()["autoencoder"])
+    net = autoencoder()
     mels = clips.mels
+    weight = 1 + 3 * torch.exp(-torch.arange(BANDS) / 12)  # as in the vocoder
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = clips.draw(generator, 16)
+        rows = clips.draw(generator, 16, clips.low, 0.25)
         gain = uniform(generator, -1.4, 0.35, len(rows), 1, 1)
         mel = (pick(mels, rows) + gain).clamp(min=math.log(FLOOR))
         start = 4 * int(torch.randint((mel.shape[-1] - 64) // 4 + 1, (1,), generator=generator))
@@ -177,7 +217,8 @@ def train_autoencoder(clips: Clips, out: Path, budget: Budget) -> None:
         posterior = net.encode(x)
         noise = torch.randn(posterior.mean.shape, generator=generator)
         found = net.decode(posterior.sample(noise)).float()
-        return (found - x).abs().mean() + KL_WEIGHT * posterior.kl() / posterior.mean[0].numel()
+        miss = (weight * (found - x).abs()).mean() / weight.mean()
+        return miss + KL_WEIGHT * posterior.kl() / posterior.mean[0].numel()
 
     train(net, loss, out / "autoencoder", budget)
 
@@ -190,7 +231,7 @@ def wordings(clip: Clip, row: int) -> list[str]:
 
 def train_joint(clips: Clips, out: Path, budget: Budget) -> None:
     encoder = text_encoder(config()["text_encoder"])
-    net = JointEmbedding(tokens=encoder.width, **config()["joint"])
+    net = joint()
     mels = clips.mels
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -216,16 +257,16 @@ def train_joint(clips: Clips, out: Path, budget: Budget) -> None:
 def train_unet(clips: Clips, out: Path, budget: Budget) -> None:
     latents, audio, texts, scale = prepare_latents(clips, out)
     encoder = text_encoder(config()["text_encoder"])
-    joint = load(JointEmbedding(tokens=encoder.width, **config()["joint"]), out / "joint")
+    towers = load(joint(), out / "joint")
     with torch.no_grad():
         states = encoder.encode([""])
-        null = joint.embed_text(states.tokens.float(), states.mask)
-    net = UNet(**config()["unet"])
+        null = towers.embed_text(states.tokens.float(), states.mask)
+    net = unet()
     schedule = schedules.scaled_linear(**config()["schedule"])
     steps = config()["schedule"]["steps"]
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = clips.draw(generator, 32)
+        rows = clips.draw(generator, 32, clips.notes, 0.4)
         x0 = pick(latents, rows) * scale
         # 30 % of the conditions are the sound's embedding, as in the paper; the others a caption's,
         # as when asked: the two towers never meet exactly, and notes are told apart by little
@@ -250,7 +291,7 @@ def train_unet(clips: Clips, out: Path, budget: Budget) -> None:
 
 def decoded_mels(clips: Clips, out: Path) -> np.ndarray:
     """What the autoencoder makes of the log-mels (N, 64, T)."""
-    net = load(AutoencoderKL(**config()["autoencoder"]), out / "autoencoder")
+    net = load(autoencoder(), out / "autoencoder")
 
     def decode(rows: slice) -> Tensor:
         image = to_image(torch.from_numpy(clips.mels[rows].astype(np.float32)))
@@ -262,8 +303,8 @@ def decoded_mels(clips: Clips, out: Path) -> np.ndarray:
 def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Latents (N, 4, T/4, 16), audio embeddings (N, 512), caption embeddings (N, CAPTIONS, 512), latent scale."""
     encoder = text_encoder(config()["text_encoder"])
-    net = load(AutoencoderKL(**config()["autoencoder"]), out / "autoencoder")
-    joint = load(JointEmbedding(tokens=encoder.width, **config()["joint"]), out / "joint")
+    net = load(autoencoder(), out / "autoencoder")
+    towers = load(joint(), out / "joint")
     mels = clips.mels
     count, bands, frames = mels.shape
 
@@ -271,12 +312,12 @@ def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np
         return net.encode(to_image(torch.from_numpy(mels[rows].astype(np.float32)))).mean
 
     def hear(rows: slice) -> Tensor:
-        return joint.embed_audio(torch.from_numpy(mels[rows].astype(np.float32)))
+        return towers.embed_audio(torch.from_numpy(mels[rows].astype(np.float32)))
 
     def read(rows: slice) -> Tensor:
         texts = [t for i in range(rows.start, rows.stop) for t in wordings(clips.all[i], i)]
         states = encoder.encode(texts)
-        return joint.embed_text(states.tokens.float(), states.mask).unflatten(0, (-1, CAPTIONS))
+        return towers.embed_text(states.tokens.float(), states.mask).unflatten(0, (-1, CAPTIONS))
 
     shape = (count, config()["autoencoder"]["latent"], frames // 4, bands // 4)
     latents = cached(out / "latents.npy", shape, encode)
@@ -286,8 +327,17 @@ def prepare_latents(clips: Clips, out: Path) -> tuple[np.ndarray, np.ndarray, np
     return latents, audio, texts, scale
 
 
+def shipped(name: str) -> dict[str, Tensor]:
+    """The weights of a network of the shipped model."""
+    card = registry.load(host.current()).resolve(MODEL)
+    (file,) = (file for file in card.files if file.module == name)
+    return weights.read(card.root / file.name, file)
+
+
 def load(net: Net, run: Path) -> Net:
-    net.load_state_dict(averaged(run))
+    """The network of a run, frozen; the shipped one where the run has none."""
+    trained = (run / "checkpoint.safetensors").exists()
+    net.load_state_dict(averaged(run) if trained else shipped(run.name))
     return net.eval().requires_grad_(False)
 
 
@@ -304,11 +354,11 @@ def export(clips: Clips, out: Path, to: Path) -> None:
         print(f'sha256 = "{sha256(data).hexdigest()}"\nsize = {len(data)}\nmodule = "{name}"')
 
 
-RECIPES: dict[str, Callable[[Clips, Path, Budget], None]] = {
-    "autoencoder": train_autoencoder,
-    "vocoder": train_vocoder,
-    "joint": train_joint,
-    "unet": train_unet,
+RECIPES: dict[str, tuple[Callable[[], nn.Module], Callable[[Clips, Path, Budget], None]]] = {
+    "autoencoder": (autoencoder, train_autoencoder),
+    "vocoder": (vocoder, train_vocoder),
+    "joint": (joint, train_joint),
+    "unet": (unet, train_unet),
 }
 
 
@@ -320,6 +370,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path("."))
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--init", action="store_true", help="start from the shipped weights")
+    parser.add_argument("--freeze", nargs="*", default=(), help="leave what is named so: encoder")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -328,8 +382,17 @@ def main() -> None:
     if options.network == "export":
         export(clips, options.out, options.to)
         return
-    budget = Budget(minutes=options.minutes, rate=options.rate)
-    RECIPES[options.network](clips, options.out, budget)
+    budget = Budget(
+        minutes=options.minutes,
+        rate=options.rate,
+        warmup=options.warmup,
+        freeze=tuple(options.freeze),
+        optimizer=options.optimizer,
+    )
+    build, recipe = RECIPES[options.network]
+    if options.init:
+        begin(options.out / options.network, build(), shipped(options.network))
+    recipe(clips, options.out, budget)
 
 
 if __name__ == "__main__":

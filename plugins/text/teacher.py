@@ -33,10 +33,6 @@ class Teacher:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(LENGTH)
 
-    def words(self) -> set[str]:
-        """The whole words that the teacher knows."""
-        return {word for word in self.tokenizer.get_vocab() if word.isalpha()}
-
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_tokens: int = 4096) -> Tensor:
         """L2-normalised embeddings (B, 384), float32, in the order of ``texts``."""

@@ -57,7 +57,7 @@ class SoundFont:
             tinysoundfont = import_module("tinysoundfont")
         except ImportError as error:
             raise MissingError(
-                "rendering a soundfont needs tinysoundfont; get it with: pip install tinysoundfont"
+                "rendering a soundfont needs tinysoundfont; get it with: pip install --no-deps tinysoundfont"
             ) from error
         self._synth: Any = tinysoundfont.Synth(gain=-12.0, samplerate=_SYNTH_RATE)
         self._font: int = self._synth.sfload(str(path))

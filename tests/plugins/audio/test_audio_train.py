@@ -31,7 +31,7 @@ def test_recipe_to_model(tmp_path: Path) -> None:
     clips = Clips(tmp_path)
     assert clips.rows.tolist() == [0, 1, 2, 3, 4]
     run = tmp_path / "run"
-    for recipe in RECIPES.values():
+    for _, recipe in RECIPES.values():
         recipe(clips, run, Budget(steps=2, warmup=1))
     export(clips, run, tmp_path)
     card = registry.load(host.current()).resolve(MODEL)
