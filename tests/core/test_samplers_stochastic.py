@@ -70,10 +70,10 @@ def later(steps: int) -> Grid:
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-@each_schedule
-def test_moments_of_a_normal(name: str, schedule: Schedule) -> None:
+@pytest.mark.parametrize("schedule", ["linear", "ve"])
+def test_moments_of_a_normal(name: str, schedule: str) -> None:
     """10,000 numbers: standard errors 0.005 and 0.0035; first order leaves up to 0.014."""
-    denoise = Gaussian(schedule=schedule, mean=0.7, std=0.5)
+    denoise = Gaussian(schedule=SCHEDULES[schedule], mean=0.7, std=0.5)
     streams = noise.from_seeds([11], (10_000,))
     x = sample(denoise, streams, sampler=STOCHASTIC[name], grid=later(250))
     assert x.mean().item() == pytest.approx(0.7, abs=0.02)
