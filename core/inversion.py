@@ -65,6 +65,10 @@ def ddim(
         raise UsageError(f"a step takes at least 1 iteration, not {iterations}")
     times = _rising(denoise, grid)
     times = times[1:] if told == "own" else [denoise.schedule.at(start), *times[1:]]
+    if times[0].value > times[1].value:
+        raise UsageError(
+            f"start {start} is above {times[1].value}, the last noisy time of the grid"
+        )
     if level and times[0].sigma == 0:
         raise UsageError("read='level' needs a level of noise in x0: give start=schedule.low")
     x = x0

@@ -263,6 +263,7 @@ def test_misuse_is_refused() -> None:
         ({"read": "level"}, "start="),
         ({"told": "own", "iterations": 2}, "told='next'"),
         ({"iterations": 0}, "at least 1"),
+        ({"start": 0.5}, "above 0.001"),
     ):
         with pytest.raises(UsageError, match=message):
             inversion.ddim(denoise, x0, grid, **options)  # type: ignore[arg-type]
