@@ -25,7 +25,7 @@ from mdiff.core.grids import Grid
 from mdiff.core.names import pick
 from mdiff.core.noise import Noise
 from mdiff.core.samplers.ancestral import VARIANCES
-from mdiff.core.sampling import _times
+from mdiff.core.sampling import along
 from mdiff.core.schedules import Schedule, Time, blend, pad
 
 
@@ -152,7 +152,7 @@ def bound(
         variance: of a network that learned none, a row of `VARIANCES`.
     """
     schedule = denoise.schedule
-    visited = _times(schedule, grid or grids.leading(schedule.entries))
+    visited = along(schedule, grid or grids.leading(schedule.entries))
     times = [schedule.at(torch.tensor(t.value, dtype=torch.float64)) for t in visited]
     noise = Noise.restore(noise.state())
     terms: list[Tensor] = []

@@ -21,7 +21,7 @@ from mdiff.core.errors import UsageError
 from mdiff.core.grids import Grid
 from mdiff.core.names import pick
 from mdiff.core.samplers.base import carry, noise_in
-from mdiff.core.sampling import _times
+from mdiff.core.sampling import along
 from mdiff.core.schedules import Time, blend
 
 # --- DDIM -----------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ READ = {"told": False, "level": True}
 
 def _rising(denoise: Denoise, grid: Grid) -> list[Time[float]]:
     """The times of a grid from clean data up, all with signal."""
-    times = _times(denoise.schedule, grid)[::-1]
+    times = along(denoise.schedule, grid)[::-1]
     if times[-1].alpha == 0:
         raise UsageError(
             f"at t = {times[-1].value} there is no signal, so data cannot be found from there: "

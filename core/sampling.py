@@ -109,7 +109,7 @@ def steps(
             noise level.
     """
     sampler = samplers.from_name(sampler) if isinstance(sampler, str) else sampler
-    times = _times(denoise.schedule, grid or grids.karras(20))
+    times = along(denoise.schedule, grid or grids.karras(20))
     total = len(times) - 1
     noise = Noise.restore(resume.noise_state if resume else noise.state())
     memory: Memory = {}
@@ -173,7 +173,7 @@ def sample(
     return cast(Tensor, end)  # a grid has at least one step
 
 
-def _times(schedule: Schedule, grid: Grid) -> list[Time[float]]:
+def along(schedule: Schedule, grid: Grid) -> list[Time[float]]:
     """The schedule along the grid, as Python floats: computed once, and no device is waited for."""
     t = grid(schedule).double().cpu()
     if t.ndim != 1 or len(t) < 2 or not bool((t.diff() < 0).all()) or t[0] > 1 or t[-1] < 0:

@@ -300,7 +300,7 @@ def betas(
 
     def log_alpha(t: Tensor) -> Tensor:
         place = _snap(t * steps)
-        return torch.where(place < 1, place * first, back(_interpolate(place, places, heights)))
+        return torch.where(place <= 1, place * first, back(_interpolate(place, places, heights)))
 
     def inverse(log_alpha: Tensor) -> Tensor:
         place = _interpolate(forward(log_alpha), heights, places)
@@ -415,7 +415,8 @@ def _snap(position: V) -> V:
     """Rounds what is an integer but for rounding errors, those of a float32 t included."""
     if isinstance(position, Tensor):
         whole = position.round()
-        return torch.where((position - whole).abs() < 1e-4, whole, position)
+        # added, not put in its place: the slope there is that of the position (the sum is exact)
+        return position + torch.where((position - whole).abs() < 1e-4, whole - position, 0.0).detach()
     return round(position) if abs(position - round(position)) < 1e-4 else position
 
 

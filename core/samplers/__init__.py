@@ -138,7 +138,7 @@ NAMES: dict[str, Callable[..., Sampler]] = {
 }
 
 
-def from_name(name: str, **params: Any) -> Sampler:
+def from_name(name: str, /, **params: Any) -> Sampler:
     """The sampler of that name, e.g. from_name("ddim", eta=0.5).
 
     Raises:

@@ -296,3 +296,12 @@ def test_an_unknown_interpolation_is_refused() -> None:
 def test_a_continuous_schedule_has_no_index() -> None:
     with pytest.raises(UsageError, match="continuous"):
         schedules.cosine().index(0.5)
+
+
+def test_the_slope_at_an_entry_of_a_table_is_that_of_its_beta() -> None:
+    schedule = schedules.linear()
+    t = torch.tensor([0.001, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    alpha, _ = schedule.kernel(t)
+    (slope,) = torch.autograd.grad(alpha.log().sum(), t)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[[0, 499, 999]]
+    torch.testing.assert_close(slope, torch.log1p(-beta) * 1000 / 2)
