@@ -416,7 +416,9 @@ def _snap(position: V) -> V:
     if isinstance(position, Tensor):
         whole = position.round()
         # added, not put in its place: the slope there is that of the position (the sum is exact)
-        return position + torch.where((position - whole).abs() < 1e-4, whole - position, 0.0).detach()
+        return (
+            position + torch.where((position - whole).abs() < 1e-4, whole - position, 0.0).detach()
+        )
     return round(position) if abs(position - round(position)) < 1e-4 else position
 
 
