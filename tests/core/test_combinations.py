@@ -32,7 +32,7 @@ SCHEDULES["zero_terminal"] = schedules.from_name(
 # where t = 1 holds no signal, noise says nothing of the data, and some steps have no limit
 NO_SIGNAL = {"flow", "zero_terminal"}
 SAYS_NOISE = {"eps", "score"}
-NEEDS_SIGNAL = {"euler_maruyama"}
+NEEDS_SIGNAL = {"euler_maruyama", "annealed_langevin", "pndm", "plms"}
 
 
 def refused(sampler: str, schedule: str, predicts: str) -> bool:

@@ -1,14 +1,11 @@
 """Losses against their formulas, guided-diffusion and k-diffusion; the laws of consistency."""
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,32 +150,10 @@ def test_weights_by_snr_in_every_form_of_the_papers(name: str) -> None:
     close(case.loss("truncated_snr"), torch.maximum(x0, eps), 1e-9)
 
 
-@pytest.fixture(scope="module")
-def karras() -> Iterator[ModuleType]:
-    """k_diffusion.layers without what its package imports, and without what these losses do not use."""
-    spec = importlib.util.find_spec("k_diffusion")
-    assert spec is not None and spec.origin is not None
-    stub = ModuleType("k_diffusion")
-    stub.__path__ = [str(Path(spec.origin).parent)]
-    unused = {"dctorch": ["functional"], "einops": ["rearrange", "repeat"]}
-    before = dict(sys.modules)
-    for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
-        del sys.modules[name]
-    sys.modules["k_diffusion"] = stub
-    for name, parts in unused.items():
-        sys.modules[name] = module = ModuleType(name)
-        for part in parts:
-            setattr(module, part, None)
-    yield importlib.import_module("k_diffusion.layers")
-    ours = ("k_diffusion", *unused)
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
-        del sys.modules[name]
-    sys.modules |= {name: m for name, m in before.items() if name.split(".")[0] in ours}
-
-
 @each_shape
 @pytest.mark.parametrize("weighting", ["karras", "soft-min-snr"])
-def test_losses_of_k_diffusion(karras: ModuleType, weighting: str, shape: tuple[int, ...]) -> None:
+def test_losses_of_k_diffusion(weighting: str, shape: tuple[int, ...]) -> None:
+    karras = oracles.k_diffusion("layers")
     case = Case(schedules.ve(0.002, 80.0), shape)
     sigma = case.sigma.flatten()
     reference = karras.Denoiser(net, sigma_data=0.5, weighting=weighting)
