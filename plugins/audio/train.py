@@ -85,6 +85,7 @@ class Clips:
     """The training clips of a data folder, with what is computed from them cached beside them."""
 
     folder: Path
+    favour: str = "notes"  # what the UNet sees more of, a field: notes or low
 
     @cached_property
     def loaded(self) -> tuple[list[Clip], np.ndarray]:
@@ -264,9 +265,10 @@ def train_unet(clips: Clips, out: Path, budget: Budget) -> None:
     net = unet()
     schedule = schedules.scaled_linear(**config()["schedule"])
     steps = config()["schedule"]["steps"]
+    favoured = {"notes": clips.notes, "low": clips.low}[clips.favour]
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = clips.draw(generator, 32, clips.notes, 0.4)
+        rows = clips.draw(generator, 32, favoured, 0.4)
         x0 = pick(latents, rows) * scale
         # 30 % of the conditions are the sound's embedding, as in the paper; the others a caption's,
         # as when asked: the two towers never meet exactly, and notes are told apart by little
@@ -373,12 +375,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--init", action="store_true", help="start from the shipped weights")
     parser.add_argument("--freeze", nargs="*", default=(), help="leave what is named so: encoder")
+    parser.add_argument("--favour", choices=["notes", "low"], default="notes")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)  # initial weights
-    clips = Clips(options.data)
+    clips = Clips(options.data, options.favour)
     if options.network == "export":
         export(clips, options.out, options.to)
         return
