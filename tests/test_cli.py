@@ -435,7 +435,7 @@ def test_a_real_ctrl_c_ends_with_130_and_no_temporary_files(toy_files, tmp_path)
         stderr=subprocess.PIPE,
         text=True,
         # a shell's background jobs ignore it, and so would the child
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as child:
         assert child.stderr.readline().startswith("toy/gauss")
         time.sleep(1)
