@@ -3,7 +3,7 @@
     python -m mdiff.plugins.audio.train autoencoder --data DIR --out RUN --minutes 20
     python -m mdiff.plugins.audio.train vocoder     --data DIR --out RUN --minutes 20
     python -m mdiff.plugins.audio.train joint       --data DIR --out RUN --minutes 15
-    python -m mdiff.plugins.audio.train unet        --data DIR --out RUN --minutes 60
+    python -m mdiff.plugins.audio.train unet        --data DIR --out RUN --minutes 60 --optimizer muon
     python -m mdiff.plugins.audio.train export      --out RUN --to DIR
 
 `--data` is what `python -m mdiff.plugins.audio.data.recipe` built; held-out clips are never read here. A network that
@@ -85,7 +85,7 @@ class Clips:
     """The training clips of a data folder, with what is computed from them cached beside them."""
 
     folder: Path
-    favour: str = "notes"  # what the UNet sees more of, a field: notes or low
+    favour: str = "notes"  # what the UNet sees more of: `notes` or `low`
 
     @cached_property
     def loaded(self) -> tuple[list[Clip], np.ndarray]:
