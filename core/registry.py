@@ -170,10 +170,10 @@ def read(
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}") from error
-    check = _Checker(str(path))
+    check = Checker(str(path))
     check.keys("", table, ("defaults", "models", "encoders"))
     cards, encoders = (
-        {id: _card(check, id, entry, path.parent, plugins) for id, entry in entries.items()}
+        {id: card_of(check, id, entry, path.parent, plugins) for id, entry in entries.items()}
         for entries in (check.typed("", table, kind, dict, {}) for kind in ("models", "encoders"))
     )
     defaults = check.typed("", table, "defaults", dict, {})
@@ -191,8 +191,8 @@ def read(
 
 
 @dataclass(frozen=True)
-class _Checker:
-    """Checks that say where in which file something is wrong."""
+class Checker:
+    """Checks of a table that say where in which file something is wrong."""
 
     file: str
 
@@ -217,10 +217,20 @@ class _Checker:
 _WORDS = {dict: "table", list: "list", str: "text", int: "whole number"}
 
 
-def _card(
-    check: _Checker, id: str, entry: Any, root: Path, plugins: Collection[str] | None
+def card_of(
+    check: Checker,
+    id: str,
+    entry: Any,
+    root: Path,
+    plugins: Collection[str] | None = None,
+    where: str = "",
 ) -> ModelCard:
-    where = f"model {id!r}"
+    """The card of an entry, checked strictly; messages say `where` it stands.
+
+    Raises:
+        UsageError: what is wrong, and where.
+    """
+    where = where or f"model {id!r}"
     check.that(
         _ID.fullmatch(id) is not None, where, "the id should be 'plugin/model' in lower case"
     )
@@ -252,7 +262,7 @@ def _card(
 
 
 def _rows(
-    check: _Checker, where: str, entry: Mapping[str, Any], name: str, known: Collection[str]
+    check: Checker, where: str, entry: Mapping[str, Any], name: str, known: Collection[str]
 ) -> list[tuple[str, dict[str, Any]]]:
     """The tables of a list, each with the words for where it is."""
     rows = check.typed(where, entry, name, list, [])
@@ -263,7 +273,7 @@ def _rows(
     return places
 
 
-def _options(check: _Checker, where: str, entry: Mapping[str, Any]) -> tuple[Option, ...]:
+def _options(check: Checker, where: str, entry: Mapping[str, Any]) -> tuple[Option, ...]:
     options = []
     for place, row in _rows(check, where, entry, "options", [f.name for f in fields(Option)]):
         name = check.typed(place, row, "name", str)
@@ -299,7 +309,7 @@ def problem(option: Option, value: Any) -> str:
     return ""
 
 
-def _files(check: _Checker, where: str, entry: Mapping[str, Any]) -> tuple[File, ...]:
+def _files(check: Checker, where: str, entry: Mapping[str, Any]) -> tuple[File, ...]:
     files = []
     for place, row in _rows(check, where, entry, "files", [f.name for f in fields(File)]):
         for key in ("name", "sha256", "module"):

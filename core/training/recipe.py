@@ -1,0 +1,567 @@
+"""Recipes: all that decides how a part of a model is trained, read strictly from a TOML file.
+
+A table of the file is a frozen dataclass here, and its keys are the fields: what there is to set, of which type, and
+what holds where nothing is said stands in one place. `read` turns a file into a `Recipe`, `overridden` lays
+`--set optimizer.rate=1e-4` over it, `to_toml` writes it out whole, `find` looks one up by name.
+"""
+
+import hashlib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+
+from mdiff.core import registry, toml
+from mdiff.core.errors import MissingError, UsageError, nearest
+from mdiff.core.hooks import ModelCard, Request
+from mdiff.core.registry import Checker, Registry
+from mdiff.core.training.optimizers import Optimizer
+
+NAME = "recipe.toml"
+"""The recipe of a run, in its folder."""
+
+_OTHERS = "others"  # metadata of the field that takes the keys of a table which are no fields
+_SET_ELSEWHERE = {"model", "text", "seed", "steps", "device", "precision"}
+_REQUEST = sorted({f.name for f in fields(Request)} - _SET_ELSEWHERE)
+
+
+def _holds(where: str, settings: Any, rules: Mapping[str, tuple[bool, str]]) -> None:
+    """Raises a UsageError for the first of the fields whose rule does not hold."""
+    for name, (holds, right) in rules.items():
+        if not holds:
+            raise UsageError(f"{where}: {name} is {getattr(settings, name)}, it has to be {right}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learned from: the table [data].
+
+    Attributes:
+        folder: of media files, with captions as `mdiff data` writes them or people keep them.
+        split: the examples of the folder that are used.
+    """
+
+    folder: Path | None = None
+    split: str = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Something of the core by its name, with its parameters: the tables [loss] and [times]."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict, metadata={_OTHERS: None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Running averages of the weights: the table [average].
+
+    Attributes:
+        decays: of exponential averages, each kept beside the weights; the first is what runs.
+        powers: relative widths (sigma_rel) of power averages, from which others are made afterwards.
+        snapshots: steps between two snapshots of those; 0 for one at every checkpoint.
+    """
+
+    decays: tuple[float, ...] = (0.999,)
+    powers: tuple[float, ...] = ()
+    snapshots: int = 0
+
+    def __post_init__(self) -> None:
+        _holds(
+            "average",
+            self,
+            {
+                "decays": (all(0 <= d < 1 for d in self.decays), "numbers in [0, 1)"),
+                "powers": (all(0 < p < 0.289 for p in self.powers), "numbers in (0, 0.289)"),
+                "snapshots": (self.snapshots >= 0, "0 or more"),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How many samples a step sees: the table [batch].
+
+    Attributes:
+        size: of all processes together.
+        micro: the most that one process works on at once; 0 for all of its share.
+    """
+
+    size: int = 32
+    micro: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {"size": (self.size >= 1, "1 or more"), "micro": (self.micro >= 0, "0 or more")}
+        _holds("batch", self, rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """When training ends: the table [budget]. Where both are given, whichever comes first.
+
+    Attributes:
+        steps: in all, those before a resume included.
+        minutes: of training, likewise.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "steps": (self.steps is None or self.steps >= 1, "1 or more"),
+            "minutes": (self.minutes is None or self.minutes > 0, "above 0"),
+        }
+        _holds("budget", self, rules)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget that is used up, 0 to 1; always 0 where there is no end."""
+        shares = (step / (self.steps or math.inf), seconds / (60 * (self.minutes or math.inf)))
+        return min(1.0, max(shares))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """When checkpoints are written: the table [save]. There is always one at the end.
+
+    Attributes:
+        minutes: between two; 0 for never by the clock.
+        steps: between two; 0 for never by the count.
+        keep: how many of the newest stay.
+    """
+
+    minutes: float = 10.0
+    steps: int = 0
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        rules = {
+            "minutes": (self.minutes >= 0, "0 or more"),
+            "steps": (self.steps >= 0, "0 or more"),
+            "keep": (self.keep >= 1, "1 or more"),
+        }
+        _holds("save", self, rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Samples that are made on the way: the table [preview].
+
+    Attributes:
+        steps: of training between two previews; 0 for none.
+        texts: what is asked for; without texts, samples of a model that takes none.
+        count: samples of each text, always from the same seeds.
+        request: other fields of a request: guidance, sampler, duration, options, ...
+    """
+
+    steps: int = 0
+    texts: tuple[str, ...] = ()
+    count: int = 1
+    request: Mapping[str, Any] = field(default_factory=dict, metadata={_OTHERS: _REQUEST})
+
+    def __post_init__(self) -> None:
+        rules = {"steps": (self.steps >= 0, "0 or more"), "count": (self.count >= 1, "1 or more")}
+        _holds("preview", self, rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is written down on the way: the table [log].
+
+    Attributes:
+        steps: between two lines of `log.jsonl`.
+        tensorboard: whether the same goes to TensorBoard, into the folder `tensorboard`.
+    """
+
+    steps: int = 50
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _holds("log", self, {"steps": (self.steps >= 1, "1 or more")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training run, in full.
+
+    Attributes:
+        name: of the recipe; where a file does not say, the name of the file.
+        model: a card's id, or a folder with a model, whose architecture is trained; or instead of it
+        card: the architecture itself: `plugin` and what an entry of registry.toml has but files.
+        part: the module that is trained, a key of `Model.modules`.
+        config: laid over the architecture's config.
+        parts: module -> the model or run that its weights come from; else from `model`.
+        task: the plugin's own settings of the training task.
+        data: what is learned from.
+        loss: a loss of the core; without it, that of what the network predicts.
+        times: how noise levels are drawn; without it, evenly.
+        optimizer: how parameters follow their gradients.
+        average: running averages of the weights.
+        batch: how many samples a step sees.
+        budget: when training ends.
+        precision: what the network computes in; its weights stay in fp32.
+        seed: of everything that is drawn.
+        compile: whether the network is compiled (`torch.compile`).
+        checkpointing: whether activations are computed again instead of kept, which saves memory.
+        threads: of the processor, in each process; 0 for as many as torch takes.
+        save: when checkpoints are written.
+        preview: samples that are made on the way.
+        log: what is written down on the way.
+    """
+
+    name: str = ""
+    model: str | None = None
+    part: str
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    compile: bool = False
+    checkpointing: bool = False
+    threads: int = 0
+    card: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    loss: Named | None = None
+    times: Named | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    average: Average = field(default_factory=Average)
+    batch: Batch = field(default_factory=Batch)
+    budget: Budget = field(default_factory=Budget)
+    save: Save = field(default_factory=Save)
+    preview: Preview = field(default_factory=Preview)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        rules = {
+            "seed": (0 <= self.seed < 2**63, "0 or more"),
+            "threads": (self.threads >= 0, "0 or more"),
+        }
+        _holds("recipe", self, rules)
+        if (self.model is None) == (self.card is None):
+            raise UsageError(
+                "a recipe has either `model`, whose architecture is trained, or a table [card] "
+                f"with an architecture of its own; this one has {'both' if self.model else 'none'}"
+            )
+
+
+# --- what training may not change in the middle ---------------------------------------------------
+
+FREE = (
+    *("name", "budget", "save", "preview", "log", "threads", "compile", "checkpointing"),
+    *("batch.micro", "data.folder", "card.summary", "card.licence", "card.source"),
+)
+"""Keys that may change when a run goes on: all others decide what it computes."""
+
+
+def changed(old: Recipe, new: Recipe) -> list[str]:
+    """The keys in which two recipes differ so that a run of one cannot go on with the other."""
+    before, after = _flat(_binding(old)), _flat(_binding(new))
+    keys = dict.fromkeys((*before, *after))
+    return [key for key in keys if before.get(key) != after.get(key)]
+
+
+def check_same(old: Recipe, new: Recipe) -> None:
+    """Raises a UsageError that names the first thing in which a run cannot go on with a new recipe."""
+    keys = changed(old, new)
+    if keys:
+        key, *others = keys
+        was, now = (_said(_flat(to_table(one)).get(key)) for one in (old, new))
+        more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
+        raise UsageError(
+            f"{key} was {was} in this run and is {now}{more}: give another --out, or --init RUN to "
+            "start from its weights"
+        )
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 of what a recipe computes: equal where nothing is `changed`."""
+    return hashlib.sha256(json.dumps(_binding(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def _binding(recipe: Recipe) -> dict[str, Any]:
+    """The table of a recipe without what is `FREE`."""
+    table = to_table(recipe)
+    for key in FREE:
+        *path, last = key.split(".")
+        inner = table
+        for name in path:
+            inner = inner.get(name, {})
+        inner.pop(last, None)
+    return table
+
+
+def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        key = f"{path}{name}"
+        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return found
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else toml.value(value)
+
+
+# --- to and from tables ---------------------------------------------------------------------------
+
+
+def read(path: Path) -> Recipe:
+    """The recipe of a file.
+
+    Raises:
+        MissingError: the file cannot be read.
+        UsageError: what is wrong in it, and where.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingError(f"no recipe {str(path)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    return from_table({"name": path.stem, **table}, str(path))
+
+
+def from_table(table: Mapping[str, Any], file: str = "recipe") -> Recipe:
+    """The recipe of a table as `tomllib` gives it; messages begin with `file`.
+
+    Raises:
+        UsageError: what is wrong, and where.
+    """
+    check = Checker(file)
+    recipe: Recipe = _read(check, "", Recipe, table)
+    if recipe.card is not None:
+        _own_card(recipe, check)
+    return recipe
+
+
+def to_table(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as nested tables, with all that holds by default; `from_table` reads it back."""
+    return _plain(recipe)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """A recipe as the text of a file, with all that holds by default; `read` gives it back exactly."""
+    return toml.dumps(to_table(recipe))
+
+
+def overridden(recipe: Recipe, pairs: Sequence[str]) -> Recipe:
+    """A recipe with other values: `optimizer.rate=1e-4`, `config.unet.channels=64`, `model=image/ddpm-32`.
+
+    Values are TOML; what is none is text.
+
+    Raises:
+        UsageError: not that form, no such key, or a value that does not fit.
+    """
+    table = to_table(recipe)
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        *path, last = key.strip().split(".")
+        if not (equals and last and all(path)):
+            raise UsageError(f"--set {pair!r} should be key=value, as in optimizer.rate=1e-4")
+        inner = table
+        for name in path:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"--set {pair!r}: {name!r} is no table, it is {inner!r}")
+        inner[last] = _value_of(text.strip())
+    return from_table(table, "--set")
+
+
+def _value_of(text: str) -> Any:
+    """A text as TOML reads it, or the text itself."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = table["value"]
+    # dates are none of our types, and a second line would be a second key
+    return value if len(table) == 1 and isinstance(value, _TOML) else text
+
+
+_TOML = (bool, int, float, str, list, dict)
+
+
+def _read(check: Checker, where: str, kind: type, table: Any) -> Any:
+    """A dataclass from a table whose keys are its fields, of their types."""
+    check.that(isinstance(table, Mapping), where, f"should be a table, it is {table!r}")
+    hints, others = _hints(kind), _others(kind)
+    own = [f.name for f in fields(kind) if others is None or f.name != others.name]
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if name in own:
+            values[name] = _typed(check, where, name, value, hints[name])
+            continue
+        allowed = () if others is None else others.metadata[_OTHERS]
+        if allowed is not None:
+            check.keys(where, {name: value}, (*own, *allowed))
+        values.setdefault(others.name if others else "", {})[name] = value
+    for f in fields(kind):
+        needed = f.default is MISSING and f.default_factory is MISSING
+        check.that(not needed or f.name in values, where, f"{f.name!r} is missing")
+    try:
+        return kind(**values)
+    except UsageError as error:
+        raise UsageError(f"{check.file}: {error}") from None
+
+
+def _typed(check: Checker, where: str, name: str, value: Any, hint: Any) -> Any:
+    """A value of a key, as a type hint has it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):  # X | None: what is absent is not in the table
+        return _typed(check, where, name, value, next(a for a in arguments if a is not type(None)))
+    if _is_dataclass(hint):
+        return _read(check, f"[{name}]", hint, value)
+    if origin is Literal:
+        choices = " or ".join(map(repr, arguments))
+        check.that(value in arguments, where, f"{name!r} should be {choices}, it is {value!r}")
+        return value
+    if origin is tuple:
+        right = isinstance(value, list | tuple)
+        check.that(right, where, f"{name!r} should be a list, it is {value!r}")
+        return tuple(_typed(check, where, name, item, arguments[0]) for item in value)
+    if origin is Mapping:
+        right = isinstance(value, Mapping)
+        check.that(right, where, f"{name!r} should be a table, it is {value!r}")
+        inner = f"[{name}]"
+        return {k: _typed(check, inner, k, v, arguments[1]) for k, v in value.items()}
+    if hint is Any:
+        return value
+    accepted, words = _TYPES[hint]
+    right = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+    right = right and not (hint is float and not math.isfinite(value))
+    check.that(right, where, f"{name!r} should be {words}, it is {value!r}")
+    return hint(value)
+
+
+_TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+    Path: ((str, Path), "a path"),
+}
+
+
+def _plain(value: Any) -> Any:
+    """Tables and lists instead of dataclasses and tuples; without None and without empty tables."""
+    if is_dataclass(value):
+        others = _others(type(value))
+        pairs = {f.name: getattr(value, f.name) for f in fields(value)}
+        value = pairs | (pairs.pop(others.name) if others is not None else {})
+    if isinstance(value, Mapping):
+        plain = {name: _plain(inner) for name, inner in value.items() if inner is not None}
+        return {name: inner for name, inner in plain.items() if inner != {}}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _others(kind: type) -> Any:
+    """The field that takes what is no field, None where a table has no such keys."""
+    return next((f for f in fields(kind) if _OTHERS in f.metadata), None)
+
+
+def _is_dataclass(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+# --- what it names --------------------------------------------------------------------------------
+
+
+def find(target: str, models: Registry) -> Recipe:
+    """The recipe that a name means: a file, the folder of a run, `plugin/recipe`, a model that has one of its name, or
+    a plugin or a modality, for the recipe "default".
+
+    Raises:
+        MissingError: there is none; the message names the nearest.
+        UsageError: the recipe is wrong, or the name means several.
+    """
+    path = Path(target)
+    if target.endswith(".toml"):
+        return read(path)
+    if (path / NAME).is_file():
+        return read(path / NAME)
+    host = models.host
+    plugin, slash, short = target.partition("/")
+    if not slash:
+        makers = {card.plugin for card in models.cards.values() if card.modality == target}
+        named = [id for id in models.cards if id.split("/")[1] == target]
+        if target in host.names():
+            short = "default"
+        elif len(makers) == 1:
+            plugin, short = makers.pop(), "default"
+        elif named:
+            plugin, _, short = models.resolve(target).id.partition("/")
+        else:
+            raise MissingError(
+                f"no recipe {target!r}{nearest(target, [*host.names(), *models.cards])} "
+                "Give a .toml file, a modality, plugin/recipe or the folder of a run"
+            )
+    host.record(plugin)
+    recipes = host.offers(plugin, "recipes")
+    if short not in recipes:
+        raise MissingError(f"plugin {plugin!r} has no recipe {short!r}{nearest(short, recipes)}")
+    recipe = read(recipes[short])
+    return replace(recipe, name=f"{plugin}-{recipe.name}") if short == "default" else recipe
+
+
+def card_of(recipe: Recipe, models: Registry) -> ModelCard:
+    """The card of what a recipe trains: that of its model, or its own, with its [config] laid over.
+
+    The files are those of the model, none for a recipe with a [card]: the caller says which of them hold.
+
+    Raises:
+        MissingError, UsageError: as `Registry.resolve`; the recipe's own card is wrong.
+    """
+    if recipe.model is not None:
+        card = models.resolve(recipe.model)
+    else:
+        card = _own_card(recipe, Checker(recipe.name or "recipe"))
+        models.host.record(card.plugin)
+    return replace(card, config=laid_over(card.config, recipe.config))
+
+
+def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with the values of another: tables inside are merged, all else is replaced."""
+    merged = dict(table)
+    for name, value in over.items():
+        inner = merged.get(name)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[name] = laid_over(inner, value) if both else value
+    return merged
+
+
+def slug(name: str) -> str:
+    """A name in the letters that the id of a model may have."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in name.lower())
+    return kept.strip("_.-") or "model"
+
+
+def _own_card(recipe: Recipe, check: Checker) -> ModelCard:
+    entry = dict(recipe.card or {})
+    plugin = check.typed("[card]", entry, "plugin", str)
+    entry.pop("plugin")
+    taken = [name for name in ("files", "measured") if name in entry]
+    check.that(not taken, "[card]", f"{taken and taken[0]!r} is for models that are trained")
+    id = f"{plugin}/{slug(recipe.name or 'recipe')}"
+    return registry.card_of(check, id, entry, Path(), where="[card]")
+
+
+def listed(models: Registry) -> Iterable[tuple[str, Path]]:
+    """Every recipe of the installed plugins, as `plugin/recipe`; loads them all."""
+    for record, recipes in models.host.each("mdiff_recipes"):
+        for name, path in sorted(recipes.items()):
+            yield f"{record.name}/{name}", path
