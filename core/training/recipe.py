@@ -51,14 +51,6 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
-    """Something of the core by its name, with its parameters: the tables [loss] and [times]."""
-
-    name: str
-    parameters: Mapping[str, Any] = field(default_factory=dict, metadata={_OTHERS: None})
-
-
-@dataclass(frozen=True, kw_only=True)
 class Average:
     """Running averages of the weights: the table [average].
 
@@ -120,11 +112,6 @@ class Budget:
         }
         _holds("budget", self, rules)
 
-    def progress(self, step: int, seconds: float) -> float:
-        """Share of the budget that is used up, 0 to 1; always 0 where there is no end."""
-        shares = (step / (self.steps or math.inf), seconds / (60 * (self.minutes or math.inf)))
-        return min(1.0, max(shares))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
@@ -156,7 +143,7 @@ class Preview:
     Attributes:
         steps: of training between two previews; 0 for none.
         texts: what is asked for; without texts, samples of a model that takes none.
-        count: samples of each text, always from the same seeds.
+        count: how many, of each text in turn, always from the same seeds; at least one of each.
         request: other fields of a request: guidance, sampler, duration, options, ...
     """
 
@@ -199,8 +186,8 @@ class Recipe:
         parts: module -> the model or run that its weights come from; else from `model`.
         task: the plugin's own settings of the training task.
         data: what is learned from.
-        loss: a loss of the core; without it, that of what the network predicts.
-        times: how noise levels are drawn; without it, evenly.
+        loss: `name` and parameters of a loss of the core; without it, that of what the network predicts.
+        times: `name` and parameters of how noise levels are drawn; without it, evenly.
         optimizer: how parameters follow their gradients.
         average: running averages of the weights.
         batch: how many samples a step sees.
@@ -228,8 +215,8 @@ class Recipe:
     parts: Mapping[str, str] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
-    loss: Named | None = None
-    times: Named | None = None
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    times: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Optimizer = field(default_factory=Optimizer)
     average: Average = field(default_factory=Average)
     batch: Batch = field(default_factory=Batch)
@@ -244,11 +231,20 @@ class Recipe:
             "threads": (self.threads >= 0, "0 or more"),
         }
         _holds("recipe", self, rules)
+        for name, table in (("loss", self.loss), ("times", self.times)):
+            if table and not isinstance(table.get("name"), str):
+                raise UsageError(f"[{name}]: 'name' is missing: which {name}, in text")
         if (self.model is None) == (self.card is None):
             raise UsageError(
                 "a recipe has either `model`, whose architecture is trained, or a table [card] "
                 f"with an architecture of its own; this one has {'both' if self.model else 'none'}"
             )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the recipe computes: equal where nothing is `changed`."""
+        text = json.dumps(_binding(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- what training may not change in the middle ---------------------------------------------------
@@ -261,28 +257,14 @@ FREE = (
 
 
 def changed(old: Recipe, new: Recipe) -> list[str]:
-    """The keys in which two recipes differ so that a run of one cannot go on with the other."""
+    """In what two recipes differ so that a run of one cannot go on with the other: "batch.size was 8 and is 16"."""
     before, after = _flat(_binding(old)), _flat(_binding(new))
     keys = dict.fromkeys((*before, *after))
-    return [key for key in keys if before.get(key) != after.get(key)]
-
-
-def check_same(old: Recipe, new: Recipe) -> None:
-    """Raises a UsageError that names the first thing in which a run cannot go on with a new recipe."""
-    keys = changed(old, new)
-    if keys:
-        key, *others = keys
-        was, now = (_said(_flat(to_table(one)).get(key)) for one in (old, new))
-        more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
-        raise UsageError(
-            f"{key} was {was} in this run and is {now}{more}: give another --out, or --init RUN to "
-            "start from its weights"
-        )
-
-
-def digest(recipe: Recipe) -> str:
-    """sha256 of what a recipe computes: equal where nothing is `changed`."""
-    return hashlib.sha256(json.dumps(_binding(recipe), sort_keys=True).encode()).hexdigest()
+    return [
+        f"{key} was {_said(before.get(key))} and is {_said(after.get(key))}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
@@ -518,7 +500,7 @@ def find(target: str, models: Registry) -> Recipe:
     return replace(recipe, name=f"{plugin}-{recipe.name}") if short == "default" else recipe
 
 
-def card_of(recipe: Recipe, models: Registry) -> ModelCard:
+def card(recipe: Recipe, models: Registry) -> ModelCard:
     """The card of what a recipe trains: that of its model, or its own, with its [config] laid over.
 
     The files are those of the model, none for a recipe with a [card]: the caller says which of them hold.
@@ -527,11 +509,11 @@ def card_of(recipe: Recipe, models: Registry) -> ModelCard:
         MissingError, UsageError: as `Registry.resolve`; the recipe's own card is wrong.
     """
     if recipe.model is not None:
-        card = models.resolve(recipe.model)
+        found = models.resolve(recipe.model)
     else:
-        card = _own_card(recipe, Checker(recipe.name or "recipe"))
-        models.host.record(card.plugin)
-    return replace(card, config=laid_over(card.config, recipe.config))
+        found = _own_card(recipe, Checker(recipe.name or "recipe"))
+        models.host.record(found.plugin)
+    return replace(found, config=laid_over(found.config, recipe.config))
 
 
 def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
