@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from mdiff.core.denoiser import Denoiser
+    from mdiff.core.denoiser import Denoise, Denoiser
     from mdiff.core.training.draws import Draws
 
 API = (1, 0)
@@ -178,7 +178,7 @@ class Stage:
 
     name: str
     prepare: Callable[[Request, dict[str, Any]], Problem]
-    denoiser: Denoiser | None
+    denoiser: Denoise | None
     finish: Callable[[Request, Problem, Tensor | None, dict[str, Any]], Mapping[str, Any]]
 
 

@@ -1,0 +1,112 @@
+"""DDPM: diffusion on pixels, of any picture or of a class (Ho et al., 2020; Nichol and Dhariwal, 2021).
+
+One stage: noise -> x0 in [-1, 1] -> a picture.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdiff.core import schedules
+from mdiff.core.denoiser import Denoise, Denoiser
+from mdiff.core.errors import UsageError, nearest
+from mdiff.core.guidance import clamp
+from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
+from mdiff.core.nn.unet import UNet
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """Pixels 0 to 255 of any type -> what networks see, float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_picture(x: Tensor) -> Tensor:
+    """What networks see (1, C, H, W) -> a picture (C, H, W), float32 in [0, 1] on the CPU."""
+    return ((x[0].float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def size_of(request: Request, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """Height and width in pixels: options of the model where it has them, else the size it was trained at.
+
+    Raises:
+        UsageError: one of them is no multiple of what the model divides it by.
+    """
+    height, width = (int(request.options.get(name, config["size"])) for name in ("height", "width"))
+    if height % factor or width % factor:
+        raise UsageError(
+            f"height and width should be multiples of {factor}, they are {height} and {width}"
+        )
+    return height, width
+
+
+def denoiser(card: ModelCard, unet: UNet) -> Denoiser:
+    """The UNet of a card with its schedule and what it predicts: what is trained, and what samples."""
+    config = card.config
+    params = dict(config["schedule"])
+    return Denoiser(
+        unet,
+        schedules.from_name(params.pop("name"), **params),
+        predicts=config["predicts"],
+        time=config.get("time", "index"),
+        learned_variance=config.get("learned_variance", False),
+    )
+
+
+def label_of(name: str | None, classes: tuple[str, ...], labels: int) -> int:
+    """The label of a class; that of any picture, which comes after the classes, where none is named.
+
+    Args:
+        labels: labels that the network knows: one more than classes, where it was also trained without.
+
+    Raises:
+        UsageError: no such class, or none named and the network knows nothing but classes.
+    """
+    if name is None and labels > len(classes):
+        return len(classes)
+    if name is None:
+        raise UsageError(f"this model needs a class: --class NAME{nearest('', classes)}")
+    if name not in classes:
+        raise UsageError(f"there is no class {name!r}{nearest(name, classes)}")
+    return classes.index(name)
+
+
+def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
+    """The model of a card, with random weights.
+
+    Its config:
+        size: pixels of an edge of the pictures it was trained on.
+        predicts, time, learned_variance: of the `Denoiser`; "index" and false where not said.
+        schedule: the name of one of the core's, and its parameters.
+        clip: x0 is cut off at [-1, 1] while sampling, true where not said.
+        classes: names of classes, in the order of their labels.
+        unet: arguments of the network.
+    """
+    config = card.config
+    unet = UNet(**config["unet"]).to(device, dtype)
+    denoise: Denoise = denoiser(card, unet)
+    if config.get("clip", True):
+        denoise = clamp(denoise)
+    classes = tuple(config.get("classes", ()))
+    labels = config["unet"].get("classes", 0)
+
+    def prepare(request: Request, carry: dict[str, Any]) -> Problem:
+        shape = (config["unet"]["in_channels"], *size_of(request, config, unet.factor))
+        if not labels:
+            return Problem(shape=shape)
+
+        def condition(name: str | None) -> dict[str, Tensor]:
+            return {"label": torch.tensor([label_of(name, classes, labels)], device=device)}
+
+        uncond = condition(None) if labels > len(classes) else None
+        return Problem(shape=shape, cond=condition(request.class_name), uncond=uncond)
+
+    def finish(
+        request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert x is not None  # a stage with a denoiser is given its sample
+        return {"sample": {"image": to_picture(x)}}
+
+    stage = Stage(name="image", prepare=prepare, denoiser=denoise, finish=finish)
+    return Model(modules={"unet": unet}, stages=(stage,))

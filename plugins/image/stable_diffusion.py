@@ -1,0 +1,82 @@
+"""Stable Diffusion: text -> token states -> latent -> picture (Rombach et al., 2022).
+
+Two stages: the latent UNet, which attends to the token states of a frozen text encoder, and the autoencoder's decoder.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
+from mdiff.core.nn.autoencoder import AutoencoderKL
+from mdiff.core.nn.unet import UNet
+from mdiff.plugins.image.ddpm import denoiser, size_of, to_picture
+
+
+def token_states(encoder: TextEncoder, texts: Sequence[str], length: int) -> Tensor:
+    """What the UNet attends to (B, length, D), float32: token states, cut off or filled up with zeros.
+
+    Every text has as many tokens, as Stable Diffusion's have 77, so that texts of a batch and the two halves of
+    guidance go together.
+    """
+    states = encoder.encode(texts)
+    tokens = states.tokens.float().masked_fill(~states.mask.unsqueeze(-1), 0)[:, :length]
+    return F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+
+
+def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
+    """The model of a card, with random weights.
+
+    Its config:
+        size: pixels of an edge of the pictures it was trained on.
+        text_encoder: name of the frozen text encoder.
+        tokens: how many of its token states the UNet attends to.
+        predicts, time, schedule: as in `ddpm`.
+        latent_scale: what latents are multiplied with for the UNet.
+        unet, autoencoder: arguments of the networks.
+    """
+    config = card.config
+    encoder = text_encoder(config["text_encoder"])
+    unet = UNet(**config["unet"]).to(device, dtype)
+    autoencoder = AutoencoderKL(**config["autoencoder"]).to(device)
+    shrink = 2 ** (len(config["autoencoder"]["multipliers"]) - 1)
+    channels = config["unet"]["in_channels"]
+
+    def read(text: str | None) -> dict[str, Tensor]:
+        """The condition of a text; that of the empty text where there is none."""
+        return {"context": token_states(encoder, [text or ""], config["tokens"]).to(device)}
+
+    def prepare(request: Request, carry: dict[str, Any]) -> Problem:
+        height, width = size_of(request, config, shrink * unet.factor)
+        return Problem(
+            shape=(channels, height // shrink, width // shrink),
+            cond=read(request.text),
+            uncond=read(request.negative),
+        )
+
+    def keep_latent(
+        request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert x is not None  # a stage with a denoiser is given its sample
+        return {"latent": x.float() / config["latent_scale"]}
+
+    def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
+        return Problem(shape=())
+
+    def decode(
+        request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {"sample": {"image": to_picture(autoencoder.decode(carry["latent"]))}}
+
+    return Model(
+        modules={"unet": unet, "autoencoder": autoencoder},
+        stages=(
+            Stage(
+                name="latent", prepare=prepare, denoiser=denoiser(card, unet), finish=keep_latent
+            ),
+            Stage(name="image", prepare=no_problem, denoiser=None, finish=decode),
+        ),
+    )
