@@ -91,7 +91,7 @@ def plan(requests: Sequence[Request], registry: Registry, out: Path, suffix: str
     for request in requests:
         if request.model not in found:
             card = registry.resolve(request.model)
-            found[request.model] = card, _media(card, registry.host, wanted)
+            found[request.model] = card, medium(card, registry.host, wanted)
         card, media = found[request.model]
         name = f"{card.id.split('/')[1]}-{request.seed}-{record.key(request)}{media.suffix}"
         path = out if into_file else out / name
@@ -99,7 +99,7 @@ def plan(requests: Sequence[Request], registry: Registry, out: Path, suffix: str
     return jobs
 
 
-def _media(card: ModelCard, host: Host, suffix: str) -> Media:
+def medium(card: ModelCard, host: Host, suffix: str = "") -> Media:
     """What writes a model's samples into files of a suffix, empty for the plugin's default."""
     media = host.media(card.plugin)
     if not media:

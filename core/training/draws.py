@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 
-def generator(seed: int, *path: int | str) -> torch.Generator:
-    """A CPU generator for one purpose: equal (seed, path) give equal numbers, others independent ones."""
+def derived(seed: int, *path: int | str) -> int:
+    """A seed for one purpose: equal (seed, path) give equal ones, others independent ones."""
     text = " ".join(map(str, (seed, *path)))
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(number)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *path: int | str) -> torch.Generator:
+    """A CPU generator for one purpose, with the seed that is `derived`."""
+    return torch.Generator().manual_seed(derived(seed, *path))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""Samples a second of training: our loop against the plainest one that diffusers' users write, and against the network.
+
+    python benchmarks/train_throughput.py [--steps 12] [--batch 16]
+
+One latent text-to-image UNet (diffusers' own class, so that the network is the same), one set of pictures and captions.
+The peer decodes nothing ahead: each step encodes its pictures, adds noise, regresses it in float32, clips, steps AdamW
+and reads the loss. Ours trains the same network through `mdiff.core.training.loop` on cached latents in bf16 autocast,
+with its average, its log and its draws. The floor is forward and backward of the network alone, in the same precision.
+Rounds of the three alternate in one process; the figures are medians over rounds.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from mdiff.core import Denoiser, losses, schedules, times
+from mdiff.core.losses import Outcome
+from mdiff.core.training import loop
+from mdiff.core.training.draws import Draws
+from mdiff.core.training.log import Log
+from mdiff.core.training.recipe import Batch, Budget, Recipe, Save
+from mdiff.core.training.recipe import Log as LogSettings
+
+PICTURES, SIZE, LATENT, TOKENS, WIDTH = 256, 128, 4, 24, 384
+
+
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=LATENT,
+        out_channels=LATENT,
+        block_out_channels=(96, 192, 288),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=6,
+        cross_attention_dim=WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 96, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT,
+        norm_num_groups=16,
+    ).requires_grad_(False)
+
+
+class Net(nn.Module):
+    """diffusers' network by the calling convention of our denoiser."""
+
+    def __init__(self, inner: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, *, context: Tensor) -> Tensor:
+        return self.inner(x, t, context).sample
+
+
+def peer(pictures: Tensor, texts: Tensor, batch: int, steps: int, cached: Tensor | None) -> float:
+    """Seconds of a step of the plain loop; with `cached` latents it encodes nothing."""
+    net, vae, scheduler = unet(), autoencoder(), DDPMScheduler(1000)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    begin = 0.0
+    for step in range(steps + 2):
+        if step == 2:
+            begin = time.perf_counter()
+        rows = torch.randint(len(pictures), (batch,))
+        with torch.no_grad():
+            latents = (
+                vae.encode(pictures[rows]).latent_dist.sample() if cached is None else cached[rows]
+            )
+        noise = torch.randn_like(latents)
+        at = torch.randint(1000, (batch,))
+        said = net(scheduler.add_noise(latents, noise, at), at, texts[rows]).sample
+        loss = F.mse_loss(said, noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+    return (time.perf_counter() - begin) / steps
+
+
+def ours(latents: Tensor, texts: Tensor, batch: int, steps: int) -> float:
+    """Seconds of a step of our loop."""
+    net = Net(unet())
+    denoiser = Denoiser(net, schedules.linear(), predicts="eps", time="index")
+    eps, evenly = losses.eps(), times.entries()
+    begin = 0.0
+
+    def loss(draws: Draws) -> Outcome:
+        nonlocal begin
+        if draws.step == 2:
+            begin = time.perf_counter()
+        rows = draws.integers(len(latents))
+        t = evenly(denoiser.schedule, draws.total, draws.generator).t
+        each = eps(denoiser.bind(context=texts[rows]), latents[rows], t, draws.normal(*latents.shape[1:]))
+        return Outcome(mean=each.mean(), each=each.detach(), t=t)
+
+    recipe = Recipe(
+        model="image/any",
+        part="unet",
+        batch=Batch(size=batch),
+        budget=Budget(steps=steps + 2),
+        save=Save(minutes=0.0),
+        log=LogSettings(steps=10),
+    )
+    ended = 0.0
+
+    def stop(step: int, average: object) -> None:
+        nonlocal ended
+        ended = time.perf_counter()
+
+    from dataclasses import replace
+
+    recipe = replace(recipe, preview=replace(recipe.preview, steps=steps + 2))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Log(Path(folder), quiet=True)
+        loop.train(net, loss, Path(folder), recipe, log=log, schedule=denoiser.schedule, on_preview=stop)
+    return (ended - begin) / steps
+
+
+def floor(latents: Tensor, texts: Tensor, batch: int, steps: int) -> float:
+    """Seconds of forward and backward alone, in bf16 autocast."""
+    net = Net(unet())
+    x, at = latents[:batch], torch.arange(batch)
+    begin = 0.0
+    for step in range(steps + 2):
+        if step == 2:
+            begin = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            said = net(x, at, context=texts[:batch])
+        said.float().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+    return (time.perf_counter() - begin) / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.manual_seed(2)
+    pictures = torch.rand(PICTURES, 3, SIZE, SIZE) * 2 - 1
+    texts = torch.randn(PICTURES, TOKENS, WIDTH)
+    with torch.no_grad():
+        vae = autoencoder()
+        latents = torch.cat([vae.encode(p).latent_dist.mean for p in pictures.split(16)])
+    batch, steps = options.batch, options.steps
+    runs: dict[str, Callable[[], float]] = {
+        "plain loop": lambda: peer(pictures, texts, batch, steps, None),
+        "plain loop, cached latents": lambda: peer(pictures, texts, batch, steps, latents),
+        "ours": lambda: ours(latents, texts, batch, steps),
+        "network alone": lambda: floor(latents, texts, batch, steps),
+    }
+    seen: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            seen[name].append(run())
+    size = sum(p.numel() for p in unet().parameters()) / 1e6
+    print(f"{size:.1f} M parameters, batch {batch}, {torch.get_num_threads()} threads")
+    middle = {name: statistics.median(values) for name, values in seen.items()}
+    for name, seconds in middle.items():
+        print(f"{name:28} {batch / seconds:7.2f} samples/s")
+    print(f"ours / plain loop            {middle['plain loop'] / middle['ours']:.2f}")
+    print(f"ours / plain, cached latents {middle['plain loop, cached latents'] / middle['ours']:.2f}")
+    print(f"ours / network alone         {middle['network alone'] / middle['ours']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

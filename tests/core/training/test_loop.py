@@ -1,0 +1,248 @@
+"""The loop: it learns, equals itself however it is split or broken off, and stops in words."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdiff.core.errors import MdiffError, NonFiniteError
+from mdiff.core.training import checkpoints, loop
+from mdiff.core.training.draws import Draws
+from mdiff.core.training.log import Log
+from mdiff.core.training.optimizers import Optimizer
+from mdiff.core.training.recipe import Average, Batch, Budget, Recipe, Save
+from mdiff.core.training.recipe import Log as LogSettings
+
+RECIPE = Recipe(
+    model="toy/net",
+    part="net",
+    precision="fp32",
+    optimizer=Optimizer(rate=0.02, warmup=5),
+    batch=Batch(size=8),
+    budget=Budget(steps=40),
+    save=Save(minutes=0.0, steps=10, keep=3),
+    log=LogSettings(steps=5),
+)
+TRUTH = torch.tensor([[1.0, -2.0, 0.5]])
+
+
+class Net(nn.Module):
+    """A network with a matrix that Muon takes, a vector, a buffer and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Dropout(0.1), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 1)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)) * self.scale
+
+
+def fit(net: nn.Module) -> Callable[[Draws], Tensor]:
+    def loss(draws: Draws) -> Tensor:
+        x = draws.normal(3)
+        return (net(x) - x @ TRUTH.T).square().mean(1)
+
+    return loss
+
+
+def run(folder: Path, recipe: Recipe = RECIPE, **more: Any) -> nn.Module:
+    net = Net()
+    loop.train(net, more.pop("loss", fit)(net), folder, recipe, log=Log(folder, quiet=True), **more)
+    return net
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    run(tmp_path, replace(RECIPE, budget=Budget(steps=400)))
+    seen = losses(tmp_path)
+    assert seen[-1] < 0.1 * seen[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("broken", [10, 17])
+def test_a_broken_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, broken: int) -> None:
+    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, name=optimizer))
+    straight = run(tmp_path / "straight", recipe)
+
+    class Stop(Exception):
+        pass
+
+    def breaks(net: nn.Module) -> Callable[[Draws], Tensor]:
+        inner = fit(net)
+
+        def loss(draws: Draws) -> Tensor:
+            if draws.step == broken:
+                raise Stop
+            return inner(draws)
+
+        return loss
+
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", recipe, loss=breaks)
+    resumed = run(tmp_path / "broken", recipe)
+    assert same(straight, resumed)
+    first, second = (
+        checkpoints.newest(tmp_path / name / "checkpoints", print) for name in ("straight", "broken")
+    )
+    assert first is not None and second is not None
+    for name in ("model", "average-0.999", "optimizer"):
+        a, b = first.read(name), second.read(name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    no_dropout = replace(RECIPE, precision="fp32")
+
+    def still(net: nn.Module) -> Callable[[Draws], Tensor]:
+        net.body[2].p = 0.0  # type: ignore[index,union-attr]
+        return fit(net)
+
+    whole = run(tmp_path / "whole", no_dropout, loss=still)
+    split = run(tmp_path / "split", replace(no_dropout, batch=Batch(size=8, micro=3)), loss=still)
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputing_changes_no_gradient(tmp_path: Path) -> None:
+    assert same(run(tmp_path / "a"), run(tmp_path / "b", replace(RECIPE, checkpointing=True)))
+
+
+def test_the_average_is_the_closed_form(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def watched(net: Any) -> Callable[[Draws], Tensor]:
+        inner = fit(net)
+
+        def loss(draws: Draws) -> Tensor:
+            seen.append(net.head.weight.detach().double())
+            return inner(draws)
+
+        return loss
+
+    recipe = replace(RECIPE, average=Average(decays=(0.9, 0.999)))
+    net: Any = run(tmp_path, recipe, loss=watched)
+    kept = checkpoints.newest(tmp_path / "checkpoints", print)
+    assert kept is not None
+    for decay in (0.9, 0.999):
+        expected = seen[0]
+        for n, weight in enumerate([*seen[1:], net.head.weight.detach().double()]):
+            keep = min(decay, (1 + n) / (10 + n))
+            expected = keep * expected + (1 - keep) * weight
+        found = kept.read(f"average-{decay:g}")["head.weight"]
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
+    def poisoned(net: nn.Module) -> Callable[[Draws], Tensor]:
+        inner = fit(net)
+        return lambda draws: inner(draws) * (float("nan") if draws.step == 22 else 1.0)
+
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 25; the checkpoint of step 20"):
+        run(tmp_path, loss=poisoned)
+    kept = checkpoints.newest(tmp_path / "checkpoints", print)
+    assert kept is not None and kept.step == 20
+    assert all(bool(v.isfinite().all()) for v in kept.read("model").values())
+
+
+def test_an_interrupt_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
+    def interrupted(net: nn.Module) -> Callable[[Draws], Tensor]:
+        inner = fit(net)
+
+        def loss(draws: Draws) -> Tensor:
+            if draws.step == 13:
+                signal.raise_signal(signal.SIGTERM)
+            return inner(draws)
+
+        return loss
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, loss=interrupted)
+    assert signal.getsignal(signal.SIGTERM) is before
+    kept = checkpoints.newest(tmp_path / "checkpoints", print)
+    assert kept is not None and kept.step == 14
+    assert same(run(tmp_path), run(tmp_path / "straight"))
+
+
+def test_it_runs_in_a_thread(tmp_path: Path) -> None:
+    thread = threading.Thread(target=run, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert checkpoints.newest(tmp_path / "checkpoints", print) is not None
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, freeze=("body",)))
+    net: Any = run(tmp_path, recipe)
+    first: Any = Net()
+    assert torch.equal(net.body[0].weight, first.body[0].weight)
+    assert not torch.equal(net.head.weight, first.head.weight)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_loop
+test_loop.two(Path(sys.argv[1]))
+"""
+
+
+def two(folder: Path) -> None:
+    """What each of several processes runs."""
+
+    def still(net: nn.Module) -> Callable[[Draws], Tensor]:
+        net.body[2].p = 0.0  # type: ignore[index,union-attr]
+        return fit(net)
+
+    run(folder, replace(RECIPE, log=LogSettings(steps=1)), loss=still)
+
+
+def test_two_processes_with_half_the_batch_follow_the_curve_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--master-port", str(port), str(script), str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two(tmp_path / "one")
+    one, both = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(both) == 40
+    torch.testing.assert_close(torch.tensor(both), torch.tensor(one), rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
+    class Three:
+        num_processes, process_index = 3, 0
+
+    with pytest.raises(MdiffError, match=r"a batch of 8 does not split over 3 .*batch.size=6"):
+        loop._shares(RECIPE, Three())  # type: ignore[arg-type]
