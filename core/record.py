@@ -180,9 +180,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise MdiffError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -203,7 +203,8 @@ def output(path: Path, record: Mapping[str, Any]) -> Iterator[Path]:
         beside.write_text(json.dumps({**record, "file": about}, indent=2) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file, or the list of files of a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

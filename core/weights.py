@@ -4,7 +4,10 @@ A file is read once and its size and sha256 are checked before its bytes are par
 verified is what is used. No other format is read, and nothing here can run code.
 """
 
+import errno
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,9 +44,10 @@ def read(path: Path, file: File) -> dict[str, Tensor]:
     return parse(verified(path, file), path.name)
 
 
-def verified(path: Path, file: File) -> bytes:
+def verified(
+    path: Path, file: File, mend: str = "install the package (or copy the folder) again"
+) -> bytes:
     """The bytes of a file whose size and sha256 are those of its entry. Raises as `load`."""
-    mend = "install the package (or copy the folder) again"
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -68,6 +72,28 @@ def parse(data: bytes, name: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"{name} is not a whole safetensors file: {error}") from error
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as a safetensors file, wherever they are and however they lie in memory.
+
+    Raises:
+        OSError: the system refused: full disk, no permission.
+    """
+    plain: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        shared = value.numel() and value.untyped_storage().data_ptr() in memory  # tied weights
+        plain[name] = value.clone() if shared else value
+        memory.add(plain[name].untyped_storage().data_ptr())
+    try:
+        safetensors.torch.save_file(plain, path)
+    except SafetensorError as error:
+        # the library hands over the system's number in words alone
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
