@@ -119,6 +119,7 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
     run = on or accelerator(recipe)
+    log = log if run.is_main_process else Log(folder, silent=True)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     shares = _shares(recipe, run)
@@ -174,6 +175,7 @@ def train(
             clock.step += 1
             recent.steps += 1
             averages.update(clock.step)
+            log.tick(clock.step, progress)
             if clock.step % recipe.log.steps == 0:
                 loss_now = recent.mean()
                 _finite(loss_now, clock.step, saved_step)

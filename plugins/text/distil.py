@@ -19,7 +19,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mdiff.core.training import Budget, train
+from mdiff.core.training.draws import Draws
+from mdiff.core.training.log import Log
+from mdiff.core.training.loop import train
+from mdiff.core.training.optimizers import Optimizer
+from mdiff.core.training.recipe import Average, Batch, Budget, Recipe
 from mdiff.plugins.text.corpus import read
 from mdiff.plugins.text.evaluate import evaluate, unverified
 from mdiff.plugins.text.mini import NETWORK, TOKENIZER, MiniNet, pack
@@ -128,13 +132,21 @@ def main() -> None:
     net = MiniNet(VOCABULARY)
     initialise(net, tokenizer, Teacher(given.sources))
 
-    def agree(step: int, generator: torch.Generator) -> Tensor:
-        rows, ids = batches.draw(generator)
+    def agree(draws: Draws) -> Tensor:
+        rows, ids = batches.draw(draws.generator)
         target = teacher.encode([texts[row] for row in rows]).clone()
         return loss(net(ids).pooled, target)
 
-    budget = Budget(minutes=given.minutes, rate=1e-4, warmup=50, decay=0.99)
-    average = train(net, agree, given.out / "run", budget)
+    recipe = Recipe(
+        model="text/mini",
+        part="network",
+        optimizer=Optimizer(rate=1e-4, warmup=50),
+        average=Average(decays=(0.99,)),
+        batch=Batch(size=1),  # a draw is one batch of texts of one length
+        budget=Budget(minutes=given.minutes),
+    )
+    run = given.out / "run"
+    average = train(net, agree, run, recipe, log=Log(run)).state("0.99")
     save(average, tokenizer, given.out)
     print(json.dumps(evaluate(unverified(given.out), given.sources), indent=1))
 

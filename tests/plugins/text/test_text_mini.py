@@ -13,7 +13,11 @@ from tokenizers import Tokenizer
 from mdiff.core import weights
 from mdiff.core.errors import IntegrityError, MissingError
 from mdiff.core.hooks import TextStates
-from mdiff.core.training import Budget, train
+from mdiff.core.training.draws import Draws
+from mdiff.core.training.log import Log
+from mdiff.core.training.loop import train
+from mdiff.core.training.optimizers import Optimizer
+from mdiff.core.training.recipe import Batch, Budget, Recipe
 from mdiff.plugins.text import corpus, distil, evaluate, mini, sources, tokens
 from mdiff.plugins.text.mini import MiniEncoder, MiniNet
 from mdiff.plugins.text.teacher import Teacher
@@ -161,13 +165,22 @@ def test_distillation_learns_a_toy_corpus(tmp_path: Path) -> None:
     batches = distil.Batches(distil.token_ids(tokenizer, texts))
     net = toy_net(tokenizer)
 
-    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        rows, ids = batches.draw(generator)
-        return distil.loss(net(ids).pooled, labels[rows])
-
     losses = []
-    budget = Budget(steps=60, rate=2e-3, warmup=1)
-    train(net, lambda *a: losses.append(value := loss(*a)) or value, tmp_path, budget, say=len)
+
+    def loss(draws: Draws) -> torch.Tensor:
+        rows, ids = batches.draw(draws.generator)
+        value = distil.loss(net(ids).pooled, labels[rows])
+        losses.append(value.item())
+        return value
+
+    recipe = Recipe(
+        model="text/toy",
+        part="network",
+        optimizer=Optimizer(rate=2e-3, warmup=1),
+        batch=Batch(size=1),
+        budget=Budget(steps=60),
+    )
+    train(net, loss, tmp_path, recipe, log=Log(tmp_path, quiet=True))
     assert losses[-1] < 0.3 * losses[0]
 
 
