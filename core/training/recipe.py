@@ -14,18 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from mdiff.core import registry, toml
 from mdiff.core.errors import MissingError, UsageError, nearest
 from mdiff.core.hooks import ModelCard, Request
 from mdiff.core.registry import Checker, Registry
+from mdiff.core.training.averages import profiles
 from mdiff.core.training.optimizers import Optimizer
 
 NAME = "recipe.toml"
 """The recipe of a run, in its folder."""
-
-S = TypeVar("S")
 
 _OTHERS = "others"  # metadata of the field that takes the keys of a table which are no fields
 _SET_ELSEWHERE = {"model", "text", "seed", "steps", "device", "precision"}
@@ -53,13 +52,21 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Named:
+    """Something of the core by its name, with its parameters: the tables [loss] and [times]."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict, metadata={_OTHERS: None})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Average:
     """Running averages of the weights: the table [average].
 
     Attributes:
         decays: of exponential averages, each kept beside the weights; the first is what runs.
-        powers: relative widths (sigma_rel) of power averages, from which others are made afterwards.
-        snapshots: steps between two snapshots of those; 0 for one at every checkpoint.
+        powers: relative widths (sigma_rel) of power averages, from whose snapshots others are made afterwards.
+        snapshots: steps between two snapshots; 0 for none.
     """
 
     decays: tuple[float, ...] = (0.999,)
@@ -67,15 +74,8 @@ class Average:
     snapshots: int = 0
 
     def __post_init__(self) -> None:
-        _holds(
-            "average",
-            self,
-            {
-                "decays": (all(0 <= d < 1 for d in self.decays), "numbers in [0, 1)"),
-                "powers": (all(0 < p < 0.289 for p in self.powers), "numbers in (0, 0.289)"),
-                "snapshots": (self.snapshots >= 0, "0 or more"),
-            },
-        )
+        _holds("average", self, {"snapshots": (self.snapshots >= 0, "0 or more")})
+        profiles(self.decays, self.powers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,11 @@ class Budget:
             "minutes": (self.minutes is None or self.minutes > 0, "above 0"),
         }
         _holds("budget", self, rules)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget that is used up, 0 to 1; always 0 where there is no end."""
+        shares = (step / (self.steps or math.inf), seconds / (60 * (self.minutes or math.inf)))
+        return min(1.0, max(shares))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +193,8 @@ class Recipe:
         parts: module -> the model or run that its weights come from; else from `model`.
         task: the plugin's own settings of the training task.
         data: what is learned from.
-        loss: `name` and parameters of a loss of the core; without it, that of what the network predicts.
-        times: `name` and parameters of how noise levels are drawn; without it, evenly.
+        loss: a loss of the core; without it, that of what the network predicts.
+        times: how noise levels are drawn; without it, evenly.
         optimizer: how parameters follow their gradients.
         average: running averages of the weights.
         batch: how many samples a step sees.
@@ -217,8 +222,8 @@ class Recipe:
     parts: Mapping[str, str] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
-    loss: Mapping[str, Any] = field(default_factory=dict)
-    times: Mapping[str, Any] = field(default_factory=dict)
+    loss: Named | None = None
+    times: Named | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     average: Average = field(default_factory=Average)
     batch: Batch = field(default_factory=Batch)
@@ -233,20 +238,11 @@ class Recipe:
             "threads": (self.threads >= 0, "0 or more"),
         }
         _holds("recipe", self, rules)
-        for name, table in (("loss", self.loss), ("times", self.times)):
-            if table and not isinstance(table.get("name"), str):
-                raise UsageError(f"[{name}]: 'name' is missing: which {name}, in text")
         if (self.model is None) == (self.card is None):
             raise UsageError(
                 "a recipe has either `model`, whose architecture is trained, or a table [card] "
                 f"with an architecture of its own; this one has {'both' if self.model else 'none'}"
             )
-
-    @property
-    def digest(self) -> str:
-        """sha256 of what the recipe computes: equal where nothing is `changed`."""
-        text = json.dumps(_binding(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- what training may not change in the middle ---------------------------------------------------
@@ -259,14 +255,28 @@ FREE = (
 
 
 def changed(old: Recipe, new: Recipe) -> list[str]:
-    """In what two recipes differ so that a run of one cannot go on with the other: "batch.size was 8 and is 16"."""
+    """The keys in which two recipes differ so that a run of one cannot go on with the other."""
     before, after = _flat(_binding(old)), _flat(_binding(new))
     keys = dict.fromkeys((*before, *after))
-    return [
-        f"{key} was {_said(before.get(key))} and is {_said(after.get(key))}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
+    return [key for key in keys if before.get(key) != after.get(key)]
+
+
+def check_same(old: Recipe, new: Recipe) -> None:
+    """Raises a UsageError that names the first thing in which a run cannot go on with a new recipe."""
+    keys = changed(old, new)
+    if keys:
+        key, *others = keys
+        was, now = (_said(_flat(to_table(one)).get(key)) for one in (old, new))
+        more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
+        raise UsageError(
+            f"{key} was {was} in this run and is {now}{more}: give another --out, or --init RUN to "
+            "start from its weights"
+        )
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 of what a recipe computes: equal where nothing is `changed`."""
+    return hashlib.sha256(json.dumps(_binding(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
@@ -324,16 +334,6 @@ def from_table(table: Mapping[str, Any], file: str = "recipe") -> Recipe:
     if recipe.card is not None:
         _own_card(recipe, check)
     return recipe
-
-
-def settings(kind: type[S], table: Mapping[str, Any]) -> S:
-    """A plugin's own settings, a frozen dataclass, from the table [task]: as strictly as all else.
-
-    Raises:
-        UsageError: what is wrong.
-    """
-    found: S = _read(Checker("recipe"), "[task]", kind, table)
-    return found
 
 
 def to_table(recipe: Recipe) -> dict[str, Any]:
@@ -512,7 +512,7 @@ def find(target: str, models: Registry) -> Recipe:
     return replace(recipe, name=f"{plugin}-{recipe.name}") if short == "default" else recipe
 
 
-def card(recipe: Recipe, models: Registry) -> ModelCard:
+def card_of(recipe: Recipe, models: Registry) -> ModelCard:
     """The card of what a recipe trains: that of its model, or its own, with its [config] laid over.
 
     The files are those of the model, none for a recipe with a [card]: the caller says which of them hold.
@@ -521,11 +521,11 @@ def card(recipe: Recipe, models: Registry) -> ModelCard:
         MissingError, UsageError: as `Registry.resolve`; the recipe's own card is wrong.
     """
     if recipe.model is not None:
-        found = models.resolve(recipe.model)
+        card = models.resolve(recipe.model)
     else:
-        found = _own_card(recipe, Checker(recipe.name or "recipe"))
-        models.host.record(found.plugin)
-    return replace(found, config=laid_over(found.config, recipe.config))
+        card = _own_card(recipe, Checker(recipe.name or "recipe"))
+        models.host.record(card.plugin)
+    return replace(card, config=laid_over(card.config, recipe.config))
 
 
 def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
