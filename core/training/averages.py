@@ -9,7 +9,7 @@ another time.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mdiff.core import record, weights
 from mdiff.core.errors import IntegrityError, MissingError, UsageError
 from mdiff.core.names import pick
+from mdiff.core.training.checkpoints import placed
 
 WIDEST = 12**-0.5
 """sigma_rel of gamma = 0, the mean of all steps."""
@@ -152,7 +153,7 @@ class Averages:
                 f"average {name!r} does not fit the module: {', '.join(wrong[:3])}"
             )
         for key, value in own.items():
-            value.copy_(tensors[key])
+            value.copy_(placed(tensors[key], value))
 
 
 def _kept(value: Tensor) -> torch.dtype:
@@ -279,13 +280,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _same(total: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    def shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
-        return {(key, tuple(value.shape)) for key, value in tensors.items()}
-
-    wrong = _names(shapes(total) ^ shapes(found))
+    wrong = _shapes(total) ^ _shapes(found)
     if wrong:
-        raise IntegrityError(f"{path} is a snapshot of another module: {', '.join(wrong[:3])}")
+        names = sorted({key for key, _ in wrong})
+        raise IntegrityError(f"{path} is a snapshot of another module: {', '.join(names[:3])}")
 
 
-def _names(pairs: Iterable[tuple[str, tuple[int, ...]]]) -> list[str]:
-    return sorted({key for key, _ in pairs})
+def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(key, value.shape) for key, value in tensors.items()}

@@ -10,13 +10,14 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdiff.core import record, weights
 from mdiff.core.errors import IntegrityError, MdiffError, MissingError
@@ -209,6 +210,9 @@ def _tidy(folder: Path, step: int, keep: int) -> None:
         pass
 
 
+_STATE = re.compile(
+    r"optimizer\.(?P<n>\d+)\.(?P<i>\d+)\.(?P<key>[^:]+)(?P<number>:(?:bool|int|float))?"
+)
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
@@ -246,34 +250,33 @@ def unflatten(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str,
         IntegrityError: it is not the state of these optimizers.
     """
     states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
-    sizes = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
+    parameters = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
     for name, tensor in tensors.items():
         where = _STATE.fullmatch(name)
         n, i = (int(where["n"]), int(where["i"])) if where else (-1, -1)
-        if where is None or n >= len(sizes) or i >= len(sizes[n]):
+        if where is None or n >= len(parameters) or i >= len(parameters[n]):
             raise IntegrityError(f"the state of the optimizer does not fit it: unexpected {name!r}")
-        shape = sizes[n][i].shape
+        shape = parameters[n][i].shape
         if not _fits(tensor.shape, shape):
             raise IntegrityError(
                 f"the state of the optimizer does not fit it: {name!r} is {tuple(tensor.shape)} for "
                 f"a parameter {tuple(shape)}"
             )
-        value = tensor.item() if where["number"] else tensor
+        value = tensor.item() if where["number"] else placed(tensor, parameters[n][i])
         states[n].setdefault(i, {})[where["key"]] = value
     for optimizer, state in zip(optimizers, states, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-_STATE = re.compile(
-    r"optimizer\.(?P<n>\d+)\.(?P<i>\d+)\.(?P<key>[^:]+)(?P<number>:(?:bool|int|float))?"
-)
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as another one is: shared out over the processes where that one is."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return tensor
 
 
-def _fits(state: Iterable[int], parameter: Sequence[int]) -> bool:
+def _fits(state: Sequence[int], parameter: Sequence[int]) -> bool:
     """Whether a state is a number, of the parameter's shape, or of that with sums taken along some axes."""
-    sizes = list(state)
-    if not sizes:
-        return True
-    pairs = zip(sizes, parameter, strict=False)
-    return len(sizes) == len(parameter) and all(a in (1, b) for a, b in pairs)
+    same = len(state) == len(parameter)
+    return not state or same and all(a in (1, b) for a, b in zip(state, parameter, strict=True))
