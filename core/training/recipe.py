@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mdiff.core import registry, toml
 from mdiff.core.errors import MissingError, UsageError, nearest
@@ -25,6 +25,8 @@ from mdiff.core.training.optimizers import Optimizer
 
 NAME = "recipe.toml"
 """The recipe of a run, in its folder."""
+
+S = TypeVar("S")
 
 _OTHERS = "others"  # metadata of the field that takes the keys of a table which are no fields
 _SET_ELSEWHERE = {"model", "text", "seed", "steps", "device", "precision"}
@@ -334,6 +336,16 @@ def from_table(table: Mapping[str, Any], file: str = "recipe") -> Recipe:
     if recipe.card is not None:
         _own_card(recipe, check)
     return recipe
+
+
+def settings(kind: type[S], table: Mapping[str, Any]) -> S:
+    """A plugin's own settings, a frozen dataclass, from the table [task]: as strictly as all else.
+
+    Raises:
+        UsageError: what is wrong.
+    """
+    found: S = _read(Checker("recipe"), "[task]", kind, table)
+    return found
 
 
 def to_table(recipe: Recipe) -> dict[str, Any]:
