@@ -8,13 +8,14 @@ MDIFF_DEBUG=1 shows the traceback of an error.
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -22,6 +23,7 @@ import mdiff
 from mdiff.core.errors import MdiffError, UsageError
 
 if TYPE_CHECKING:
+    from mdiff.core.evaluation import OnProgress
     from mdiff.core.hooks import ModelCard
     from mdiff.core.host import Host
     from mdiff.core.pipeline import OnStep, Output
@@ -283,6 +285,239 @@ def _span(seeds: Sequence[int]) -> str:
         else:
             spans.append([seed, seed])
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in spans)
+
+
+@cli.command("eval")
+@click.argument("target", metavar="MODALITY|MODEL|PATH")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="A data set: what is asked for."
+)
+@click.option("--split", default="held_out", show_default=True, help="Of the data set.")
+@click.option("--metrics", help="note,fad or audio/note: all that apply where absent.")
+@click.option("--count", type=click.IntRange(1), help="Examples to take; all where absent.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the first sample.")
+@click.option(
+    "--made", type=click.Path(path_type=Path), help="Judge the files of a folder instead."
+)
+@click.option("--compare", metavar="MODEL", help="Another model, on the same examples and seeds.")
+@click.option("--steps", type=int, help="Steps of the sampler.")
+@click.option("--sampler", help="`mdiff components` lists them.")
+@click.option("--grid", help="The times that the sampler visits.")
+@click.option("--guidance", type=float, help="How closely to follow the text; 1 is not at all.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option("--device", help="auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="A model's own."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="A folder for samples and figures.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--quiet", is_flag=True, help="No talk on stderr but errors.")
+@_block
+def evaluate(
+    target: str,
+    *,
+    data: Path,
+    split: str,
+    metrics: str | None,
+    count: int | None,
+    seed: int,
+    made: Path | None,
+    compare: str | None,
+    options: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **fields: Any,
+) -> None:
+    """Measure how good a model is, next to what real data gets.
+
+    It makes a sample for each held-out example of a data set; what --out holds already is not made again.
+    """
+    from mdiff.core import evaluation
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    if made is not None and compare is not None:
+        raise UsageError("--made judges files and --compare makes them: leave one of them out")
+    registry = _registry(say)
+    name = Path(target).name or target
+    out = out or Path("outputs") / f"eval-{name}"
+    with _progress_of_work(quiet) as on_progress:
+        result = evaluation.evaluate(
+            [target] if compare is None else [target, compare],
+            registry,
+            data,
+            out,
+            made=made,
+            metrics=[part.strip() for part in (metrics or "").split(",") if part.strip()],
+            split=split,
+            count=count,
+            seed=seed,
+            fields={k: v for k, v in fields.items() if v is not None}
+            | {"options": _pairs(options)},
+            on_progress=on_progress,
+            say=say,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_json(samples=False)))
+        return
+    names = " against ".join(one.name for one in result.judged)
+    say(f"{names} on {data}: {result.examples} of {split}, seed {seed}; in {out / evaluation.NAME}")
+    _table(evaluation.table(result))
+
+
+@contextmanager
+def _progress_of_work(quiet: bool) -> "Iterator[OnProgress]":
+    """A bar on a terminal; elsewhere a line when something begins."""
+    if quiet:
+        yield lambda what, done, total: None
+    elif not sys.stderr.isatty():
+        yield lambda what, done, total: None if done else _err(f"{what}: {total}")
+    else:
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            )
+
+
+class _WithCommands(click.Command):
+    """A command that runs by itself, and has others below its name."""
+
+    below: ClassVar[dict[str, click.Command]] = {}
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        if args and args[0] in self.below:
+            return self.below[args[0]].make_context(
+                f"{info_name} {args[0]}", args[1:], parent, **extra
+            )
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@cli.command(
+    cls=_WithCommands,
+    epilog="mdiff train export RUN --to FOLDER makes a model of a run: mdiff train export --help",
+)
+@click.argument("target", required=False, metavar="RECIPE.toml|MODALITY|PLUGIN/RECIPE|MODEL|RUN")
+@click.option("--data", type=click.Path(path_type=Path), help="A folder of media files.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The run's folder; runs/RECIPE where absent."
+)
+@click.option("--steps", type=click.IntRange(1), help="Train for so many, instead of the budget.")
+@click.option("--minutes", type=float, help="Train for so long, instead of the budget.")
+@click.option("--init", metavar="MODEL|RUN", help="Begin with its weights.")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="optimizer.rate=1e-4")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--dry-run", is_flag=True, help="Print the recipe in full and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Lines of the log as JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="No talk on stderr but errors.")
+@_block
+def train(
+    target: str | None,
+    *,
+    data: Path | None,
+    out: Path | None,
+    steps: int | None,
+    minutes: float | None,
+    init: str | None,
+    pairs: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train a part of a model by a recipe; without a recipe, list those that are installed.
+
+    The run's folder is a model from its first checkpoint on: mdiff run RUN.
+    """
+    from mdiff.core.training import recipe as recipes
+    from mdiff.core.training import run as training
+    from mdiff.core.training.log import Log
+
+    # Of the processes that torchrun starts, the first one talks.
+    silent = os.environ.get("RANK", "0") != "0"
+
+    def say(line: str) -> None:
+        if not (quiet or silent):
+            click.echo(line, err=True)
+
+    registry = _registry(say)
+    if target is None:
+        _table([(name, str(path)) for name, path in recipes.listed(registry)] or [("no recipes",)])
+        return
+    recipe = recipes.overridden(recipes.find(target, registry), pairs)
+    if data is not None:
+        recipe = replace(recipe, data=replace(recipe.data, folder=data.resolve()))
+    if steps is not None or minutes is not None:
+        recipe = replace(recipe, budget=recipes.Budget(steps=steps, minutes=minutes))
+    if dry_run:
+        click.echo(recipes.to_toml(recipe), nl=False)
+        return
+    if recipe.budget == recipes.Budget():
+        raise UsageError("how long? give --steps or --minutes, or a [budget] in the recipe")
+    own = Path(target) if (Path(target) / recipes.NAME).is_file() else None
+    out = out or own or Path("runs") / recipes.slug(recipe.name)
+    log = Log(
+        out,
+        steps=recipe.budget.steps,
+        tensorboard=recipe.log.tensorboard,
+        quiet=quiet,
+        as_json=as_json,
+        silent=silent,
+    )
+    with log:
+        try:
+            training.start(recipe, models=registry, out=out, init=init, resume=resume, log=log)
+        except KeyboardInterrupt:
+            log.say(f"to go on: mdiff train {shlex.quote(str(out))} --resume")
+            raise
+    if not (as_json or silent):
+        click.echo(str(out))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.option(
+    "--average", default="", help="0.999, power-0.10, none; what mdiff run takes where absent."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16", "bf16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option("--licence", default="", metavar="TEXT", help="Of the model.")
+@click.option("--name", default="", help="Of the model; that of the folder where absent.")
+@click.option("--quiet", is_flag=True, help="No talk on stderr but errors.")
+@_block
+def export(run: Path, *, to: Path, quiet: bool, **choices: Any) -> None:
+    """Make a folder of a run that is a model by itself: weights, registry.toml, README.md."""
+    from mdiff.core.training.export import export as make
+
+    say = (lambda line: None) if quiet else _err
+    made = make(run, to, _host(), say=say, **choices)
+    if made.missing:
+        say(f"it has no weights for {', '.join(made.missing)}, and does not run without them")
+    else:
+        say(f"to run it: mdiff run {shlex.quote(str(to))}")
+    click.echo(str(to))
+
+
+_WithCommands.below["export"] = export
 
 
 @cli.command()

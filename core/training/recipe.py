@@ -521,7 +521,7 @@ def find(target: str, models: Registry) -> Recipe:
     if short not in recipes:
         raise MissingError(f"plugin {plugin!r} has no recipe {short!r}{nearest(short, recipes)}")
     recipe = read(recipes[short])
-    return replace(recipe, name=f"{plugin}-{recipe.name}") if short == "default" else recipe
+    return replace(recipe, name=plugin) if recipe.name == "default" else recipe
 
 
 def card_of(recipe: Recipe, models: Registry) -> ModelCard:
