@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdiff.core import data
@@ -261,6 +261,7 @@ WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc", "Z")), min_size=1,
 VALUES = st.none() | st.integers() | WORDS | st.lists(st.integers(), max_size=2)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
