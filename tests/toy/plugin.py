@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mdiff.core import record
-from mdiff.core.hooks import Components, Media, PluginInfo, hookimpl
+from mdiff.core.hooks import Components, Media, Metric, PluginInfo, hookimpl
 
 EVENTS = []
 
@@ -32,6 +32,18 @@ def mdiff_components():
 
 
 @hookimpl
+def mdiff_train(card, model, part, settings):
+    from mdiff_toy.model import task
+
+    return task(model, part, settings)
+
+
+@hookimpl
+def mdiff_recipes():
+    return {"default": Path(__file__).with_name("default.toml")}
+
+
+@hookimpl
 def mdiff_media():
     return [
         Media(suffix=".txt", write=write, read=read, read_record=read_record, default=True),
@@ -48,7 +60,15 @@ def mdiff_text_encoders():
 
 @hookimpl
 def mdiff_metrics():
-    return {"mean": lambda values: sum(values) / len(values)}
+    def mean():
+        return Metric(
+            summary="mean of the numbers",
+            better="higher",
+            measure=lambda sample, example: [float(sample["values"].mean())],
+            score=lambda rows, reference: float(rows.mean()),
+        )
+
+    return {"mean": mean}
 
 
 @hookimpl
