@@ -33,9 +33,8 @@ log = logging.getLogger("mdiff")
 PARTS = tuple(field.name for field in fields(Components))
 KINDS = (*PARTS, "datasets", "metrics", "text_encoders")
 """What plugins offer by name, as `plugin/name`: `PARTS` come from mdiff_components, each other from
-its own hook.
+its own hook. Recipes are offered too, but they are files and no components.
 """
-
 
 Status = Literal["found", "loaded", "failed", "clash", "blocked", "incompatible"]
 

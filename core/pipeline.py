@@ -28,7 +28,7 @@ from mdiff.core import noise, record, weights
 from mdiff.core.denoiser import Denoise
 from mdiff.core.errors import IntegrityError, MdiffError, UsageError
 from mdiff.core.guidance import classifier_free
-from mdiff.core.hooks import Event, Media, Model, ModelCard, Problem, Request
+from mdiff.core.hooks import DataSet, Event, Media, Model, ModelCard, Problem, Request
 from mdiff.core.host import KINDS, Host
 from mdiff.core.names import Described, about
 from mdiff.core.registry import Registry
@@ -220,7 +220,7 @@ def catalogue(host: Host) -> dict[str, dict[str, Described]]:
     for plugin in host.names():
         for kind in KINDS:
             for name, row in host.offers(plugin, kind).items():
-                said = about(row)
+                said = Described(row.summary, "") if isinstance(row, DataSet) else about(row)
                 source = said.source or f"plugin {plugin}"
                 found[kind][f"{plugin}/{name}"] = said._replace(source=source)
     return {kind: dict(sorted(names.items())) for kind, names in found.items() if names}

@@ -19,7 +19,7 @@ from typing import Any
 
 from mdiff.core import record, registry
 from mdiff.core.errors import MdiffError
-from mdiff.core.hooks import Media, Model, ModelCard, PluginInfo, Request
+from mdiff.core.hooks import DataSet, Media, Model, ModelCard, PluginInfo, Request, Task
 from mdiff.core.host import KINDS, Host, current
 
 TEXT = "a small test"
@@ -251,8 +251,46 @@ def _parts(subject: _Subject) -> str:
         for name, value in table.items():
             right = isinstance(name, str) and "/" not in name
             expect(right, f"{kind}: {name!r} should be a short name without a slash")
-            expect(callable(value), f"{kind}: {name!r} is not callable")
+            if kind == "datasets":
+                expect(isinstance(value, DataSet), f"{kind}: {name!r} is {value!r}, not a DataSet")
+            else:
+                expect(callable(value), f"{kind}: {name!r} is not callable")
     return ", ".join(f"{len(table)} {kind}" for kind, table in offers.items() if table) or "none"
+
+
+def _recipes(subject: _Subject) -> str:
+    """Recipes read, and what they train is there: so much can be said without data."""
+    import torch
+
+    from mdiff.core import losses, times
+    from mdiff.core.training import recipe as recipes
+
+    host, models = subject.host, registry.load(subject.host)
+    paths = subject.host.offers(subject.name, "recipes")
+    for name, path in paths.items():
+        where = f"recipe {name!r}"
+        recipe = recipes.read(path)
+        card = recipes.card_of(recipe, models)
+        expect(card.plugin == subject.name, f"{where} trains {card.id}, of another plugin")
+        for table, make in ((recipe.loss, losses.from_name), (recipe.times, times.from_name)):
+            if table is not None:
+                make(table.name, **table.parameters)
+        model = host.call(card.plugin, "mdiff_build", card=card, device="cpu", dtype=torch.float32)
+        for part in (recipe.part, *recipe.parts):
+            known = ", ".join(model.modules)
+            expect(part in model.modules, f"{where}: {card.id} has no {part!r}; it has: {known}")
+        task = host.call(
+            card.plugin,
+            "mdiff_train",
+            card=card,
+            model=model,
+            part=recipe.part,
+            settings=recipe.task,
+        )
+        expect(isinstance(task, Task), f"{where}: mdiff_train gives {task!r} instead of a Task")
+        right = task.loss is not None or (task.denoiser is not None and task.batch is not None)
+        expect(right, f"{where}: its task has neither a loss nor a denoiser with batches")
+    return ", ".join(paths) or "none"
 
 
 def _finite(value: Any) -> bool:
@@ -276,6 +314,7 @@ CHECKS: Mapping[str, Callable[[_Subject], str]] = {
     "requests": _requests,
     "parts": _parts,
     "build": _build,
+    "recipes": _recipes,
     "runs": _runs,
     "seeds": _seeds,
     "media": _media,

@@ -93,7 +93,8 @@ def toy_files(tmp_path_factory) -> Path:
     package = folder / "mdiff_toy"
     package.mkdir()
     shutil.copy(HERE / "toy" / "plugin.py", package / "__init__.py")
-    shutil.copy(HERE / "toy" / "model.py", package / "model.py")
+    for name in ("model.py", "default.toml"):
+        shutil.copy(HERE / "toy" / name, package / name)
     weights = package / "weights.safetensors"
     save_file({"width": torch.tensor([0.5])}, weights)
     data = weights.read_bytes()

@@ -100,6 +100,23 @@ WRONG = {
         "media",
         "nothing writes",
     ),
+    "recipe key": ("default.toml", "rate = ", "rte = ", "recipes", "did you mean 'rate'?"),
+    "recipe part": (
+        "default.toml",
+        'part = "net"',
+        'part = "nut"',
+        "recipes",
+        "no 'nut'; it has: net",
+    ),
+    "recipe law": ("default.toml", '"uniform"', '"uniforn"', "recipes", "did you mean 'uniform'?"),
+    "task": ("__init__.py", "return task(", "return (lambda *a: 3)(", "recipes", "gives 3"),
+    "data set": (
+        "__init__.py",
+        "@hookimpl\ndef mdiff_recipes",
+        "@hookimpl\ndef mdiff_datasets():\n    return {'ones': list}\n\n\n@hookimpl\ndef mdiff_recipes",
+        "parts",
+        "not a DataSet",
+    ),
     "width": ("model.py", "pooled_width = 1", "pooled_width = 2", "encoders", "pooled is (2, 1)"),
 }
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from mdiff.core import schedules
 from mdiff.core.denoiser import Denoiser
-from mdiff.core.hooks import Model, Problem, Stage, TextStates, text_encoder
+from mdiff.core.hooks import Model, Problem, Stage, Task, TextStates, text_encoder
 
 SCHEDULE = schedules.cosine()
 RATE = 8
@@ -72,3 +72,24 @@ def build(config, device, dtype):
             ),
         ),
     )
+
+
+def task(model, part, settings):
+    """The network learns numbers from files, `RATE` at a time, and forgets the text of a share of them."""
+    from mdiff_toy import read
+
+    drop = settings.get("drop", 0.0)
+    encode = text_encoder("toy/letters").encode
+
+    def rows(example):
+        values = read(example.path)["values"].float()
+        mean = encode([example.texts[0] if example.texts else "x"]).pooled[0]
+        return [
+            {"values": part[None], "mean": mean} for part in values.split(RATE) if len(part) == RATE
+        ]
+
+    def batch(rows, draws):
+        return rows["values"], {"mean": rows["mean"] * ~draws.chance(drop)[:, None]}
+
+    denoiser = Denoiser(model.modules[part], SCHEDULE, predicts="x0", time="t")
+    return Task(module=model.modules[part], read=rows, denoiser=denoiser, batch=batch)
