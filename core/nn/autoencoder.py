@@ -36,6 +36,7 @@ class AutoencoderKL(nn.Module):
         axes: 1, 2 or 3. channels, multipliers, blocks, groups: as in the UNet.
         latent: channels Z of a latent.
         attention: self-attention in the middle of encoder and decoder.
+        padding: of the encoder's convolutions that halve, a row of `layers.PADDING`; "end" in Stable Diffusion.
     """
 
     def __init__(
@@ -49,9 +50,13 @@ class AutoencoderKL(nn.Module):
         blocks: int = 2,
         groups: int = 32,
         attention: bool = True,
+        padding: str = "symmetric",
     ) -> None:
         super().__init__()
         conv = CONV[axes]
+        self.blocks = blocks
+        self.levels = len(multipliers)
+        self.factor = 2 ** (self.levels - 1)
         widths = [channels * m for m in multipliers]
 
         def residual(cin: int, cout: int) -> nn.Module:
@@ -68,7 +73,7 @@ class AutoencoderKL(nn.Module):
                 down.append(residual(c, width))
                 c = width
             if level < len(widths) - 1:
-                down.append(Downsample(axes, c))
+                down.append(Downsample(axes, c, padding=padding))
         down += [*middle(c), nn.GroupNorm(groups, c, eps=1e-6), nn.SiLU()]
         self.encoder = nn.Sequential(*down, conv(c, 2 * latent, 3, padding=1))
         self.quant_conv = conv(2 * latent, 2 * latent, 1)

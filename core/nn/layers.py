@@ -2,6 +2,9 @@
 
 The number of axes picks a convolution from one table; everything else is written once. Attribute names are those
 of the OpenAI / CompVis lineage (`in_layers`, `emb_layers`, `transformer_blocks`), as in most public checkpoints.
+
+Norms are torch's own in every precision: they accumulate in float32 whatever they are given, so that a cast to
+float32 around them, which references write, changes nothing.
 """
 
 import math
@@ -10,6 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mdiff.core.names import pick
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -21,6 +26,16 @@ POOL: dict[int, Callable[[Tensor, int], Tensor]] = {
     2: F.avg_pool2d,
     3: F.avg_pool3d,
 }
+RESAMPLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "halve": lambda x: POOL[x.ndim - 2](x, 2),
+    "double": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+}
+PADDING: dict[str, tuple[int, tuple[int, ...]]] = {
+    "symmetric": (1, ()),
+    "end": (0, (0, 1)),
+}
+"""What a convolution of stride 2 sees beyond the edges: its own padding, and zeros (before, after) put on each axis."""
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -30,22 +45,33 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
-def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of t, (B,) -> (B, width): cosines first, frequencies max_period^(-i / (width / 2)).
+def timestep_embedding(
+    t: Tensor,
+    width: int,
+    max_period: float = 10_000.0,
+    *,
+    sine_first: bool = False,
+    frequency_shift: int = 0,
+) -> Tensor:
+    """Sinusoids of t, (B,) -> (B, width), of the frequencies max_period^(-i / (width / 2 - frequency_shift)).
 
-    Source: Improved DDPM (Nichol and Dhariwal, 2021); the order and the divisor are that lineage's.
+    Source: DDPM (Ho et al., 2020) has sines first and shift 1, the lowest frequency being 1 / max_period itself;
+    Improved DDPM (Nichol and Dhariwal, 2021) has cosines first and shift 0, which is what is given where not said.
     """
     half = width // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float().reshape(-1, 1) * torch.exp(i * (-math.log(max_period) / half))
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    frequencies = torch.exp(i * (-math.log(max_period) / (half - frequency_shift)))
+    angles = t.float().reshape(-1, 1) * frequencies
+    waves = [angles.cos(), angles.sin()]
+    return torch.cat(waves[::-1] if sine_first else waves, dim=1)
 
 
 class ResBlock(nn.Module):
     """Residual block: (norm, SiLU, conv) twice, with the embedding between them.
 
     `scale_shift` modulates the second norm as norm(h) (1 + scale) + shift (ADM); otherwise the embedding is added.
-    `embedding` None makes a block without time, as autoencoders use. Shapes: x (B, C, *axes), emb (B, E).
+    `embedding` None makes a block without time, as autoencoders use. `resample`, a row of `RESAMPLE`, halves or
+    doubles every axis on both ways through the block (ADM). Shapes: x (B, C, *axes), emb (B, E).
     """
 
     def __init__(
@@ -59,10 +85,12 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         eps: float = 1e-5,
+        resample: str = "",
     ) -> None:
         super().__init__()
         conv = CONV[axes]
         self.scale_shift = scale_shift
+        self.resample = resample
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, channels, eps=eps),
             nn.SiLU(),
@@ -83,7 +111,9 @@ class ResBlock(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        h = self.in_layers(x)
+        norm, activation, conv = self.in_layers
+        resample = RESAMPLE[self.resample]
+        x, h = resample(x), conv(resample(activation(norm(x))))
         if emb is None:
             return self.skip_connection(x) + self.out_layers(h)
         e = self.emb_layers(emb).to(h.dtype)
@@ -100,25 +130,25 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of x (B, C, *axes), with a residual connection.
 
-    `qkv` holds [head][q, k, v][channel], the legacy order of that lineage. Source: ADM (Dhariwal and Nichol, 2021).
+    The rows of `qkv` are [head][q, k, v][channel]. Source: ADM (Dhariwal and Nichol, 2021); with one head it is DDPM's.
     """
 
     def __init__(self, channels: int, *, heads: int, groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(groups, channels, eps=eps)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj_out = zero(nn.Linear(channels, channels))
 
     def forward(
         self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        batch, channels = x.shape[:2]
-        flat = x.reshape(batch, channels, -1)
-        qkv = self.qkv(self.norm(flat)).reshape(batch, self.heads, 3, channels // self.heads, -1)
-        q, k, v = qkv.transpose(-1, -2).unbind(dim=2)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
-        return x + self.proj_out(h.reshape(batch, channels, -1)).reshape(x.shape)
+        # attention is fused only where the channels of a head lie side by side, as they do in tokens (B, L, C)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens).unflatten(-1, (self.heads, 3, -1)).transpose(1, 2)
+        q, k, v = qkv.unbind(dim=3)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
 
 
 class CrossAttention(nn.Module):
@@ -212,16 +242,22 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves every axis by a stride-2 convolution; `op` is the name public checkpoints use."""
+    """Halves every axis by a stride-2 convolution; `op` is the name public checkpoints use.
 
-    def __init__(self, axes: int, channels: int) -> None:
+    `padding` is a row of `PADDING`: "symmetric", or zeros at the end of each axis only (DDPM; the first stage of
+    latent diffusion).
+    """
+
+    def __init__(self, axes: int, channels: int, *, padding: str = "symmetric") -> None:
         super().__init__()
-        self.op = CONV[axes](channels, channels, 3, stride=2, padding=1)
+        own, beyond = pick("padding", PADDING, padding)
+        self.beyond = beyond * axes
+        self.op = CONV[axes](channels, channels, 3, stride=2, padding=own)
 
     def forward(
         self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        return self.op(x)
+        return self.op(F.pad(x, self.beyond) if self.beyond else x)
 
 
 class Upsample(nn.Module):
@@ -234,4 +270,4 @@ class Upsample(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(RESAMPLE["double"](x))

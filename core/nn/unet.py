@@ -1,10 +1,12 @@
 """The UNet of DDPM's lineage over 1, 2 or 3 axes: net(x, t, **cond) -> output of x's shape (or another channel count).
 
-Layout and names (`time_embed`, `input_blocks`, `middle_block`, `output_blocks`, `out`) follow the OpenAI lineage,
-shared by Improved DDPM, ADM, GLIDE, latent diffusion and AudioLDM, so that their checkpoints need little renaming.
+DDPM, Improved DDPM, ADM, latent diffusion, Stable Diffusion and AudioLDM are this network with other arguments. Layout
+and names (`time_embed`, `input_blocks`, `middle_block`, `output_blocks`, `out`) follow the OpenAI lineage, so that
+checkpoints need little renaming (`layouts.py`).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,25 +33,38 @@ class _Blocks(nn.ModuleList):
         return x
 
 
+def _two_layers(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
+
+
 class UNet(nn.Module):
-    """UNet with a time embedding, and optionally a condition vector and a context to attend to.
+    """UNet with a time embedding, and optionally a condition vector, a class and a context to attend to.
 
     Args:
         axes: 1 (audio), 2 (images, spectrograms) or 3 (video).
+        out_channels: twice those of the data where the variance is learned (Improved DDPM).
         channels: width of the first level; level i has channels * multipliers[i].
         blocks: residual blocks per level on the way down (one more on the way up).
-        attention: levels (0 is full resolution) with attention after each residual block; the middle always has it.
-        head_width: channels of one attention head.
-        transformer: spatial transformers (latent diffusion) instead of plain attention blocks (ADM).
+        attention: levels (0 is full resolution) with attention after each residual block.
+        attention_up_last: on the way up, after the last block of such a level only (score SDE).
+        attention_middle: attention between the two blocks in the middle.
+        heads, head_width: heads of every attention or, where that is None, the channels of each head.
+        transformer: spatial transformers (latent diffusion) instead of plain attention blocks (DDPM, ADM).
+        depth: blocks of a transformer, one number or one per level; the middle has the last level's.
         context: width of the tokens that transformers attend to; None means they attend to themselves (AudioLDM).
         vector: width of a condition vector, called FiLM condition in AudioLDM: a linear map of it to the width of the
             time embedding is concatenated to that embedding.
+        vector_added: a map of two layers of that vector is added to the time embedding instead (SDXL).
         classes: number of class labels, whose embedding is added to the time embedding (ADM).
-        scale_shift: residual blocks modulated by scale and shift (ADM) instead of a sum.
+        scale_shift: residual blocks modulated by scale and shift (Improved DDPM, ADM) instead of a sum.
+        resample_residual: levels are joined by residual blocks that resample (ADM) instead of convolutions.
+        padding: of convolutions that halve, a row of `layers.PADDING`; "end" in DDPM.
+        groups, eps: of all norms but those of spatial transformers, whose eps is 1e-6; DDPM's is that too.
+        sine_first, frequency_shift: of `timestep_embedding`; true and 1 in DDPM.
+        dropout: before the last convolution of a residual block.
 
     Call: net(x (B, in_channels, *axes), t (B,), vector=(B, V), context=(B, M, K), label=(B,)) gives
-    (B, out_channels, *axes).
-    Every axis must be divisible by 2^(len(multipliers) - 1).
+    (B, out_channels, *axes). Every axis must be divisible by `factor`.
 
     Raises:
         UsageError: an axis does not divide, or a condition that the network was built with is missing.
@@ -62,74 +77,106 @@ class UNet(nn.Module):
         in_channels: int,
         out_channels: int,
         channels: int,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
+        multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 2,
         attention: Sequence[int] = (),
+        attention_up_last: bool = False,
+        attention_middle: bool = True,
+        heads: int | None = None,
         head_width: int = 64,
         transformer: bool = False,
+        depth: int | Sequence[int] = 1,
         context: int | None = None,
         vector: int | None = None,
+        vector_added: bool = False,
         classes: int | None = None,
         scale_shift: bool = False,
+        resample_residual: bool = False,
+        padding: str = "symmetric",
         groups: int = 32,
+        eps: float = 1e-5,
+        sine_first: bool = False,
+        frequency_shift: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.channels = channels
-        self.factor = 2 ** (len(multipliers) - 1)
-        width = 4 * channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width)
+        conv = CONV[axes]
+        self.blocks = blocks
+        self.levels = len(multipliers)
+        self.factor = 2 ** (self.levels - 1)
+        self.sinusoids = partial(
+            timestep_embedding,
+            width=channels,
+            sine_first=sine_first,
+            frequency_shift=frequency_shift,
         )
-        self.film_emb = nn.Linear(vector, width) if vector is not None else None
+        wanted = {"vector": vector, "context": context, "label": classes}
+        self.conditions = [name for name, size in wanted.items() if size is not None]
+        width = 4 * channels
+        added, beside = (vector, None) if vector_added else (None, vector)
+        self.time_embed = _two_layers(channels, width)
+        self.film_emb = nn.Linear(beside, width) if beside is not None else None
+        self.vector_embed = _two_layers(added, width) if added is not None else None
         self.label_emb = nn.Embedding(classes, width) if classes is not None else None
-        embedding = width if vector is None else 2 * width
+        depths = [depth] * self.levels if isinstance(depth, int) else depth
+        residual = partial(
+            ResBlock,
+            axes,
+            embedding=width if beside is None else 2 * width,
+            groups=groups,
+            dropout=dropout,
+            scale_shift=scale_shift,
+            eps=eps,
+        )
 
-        def residual(cin: int, cout: int) -> nn.Module:
-            return ResBlock(
-                axes,
-                cin,
-                cout,
-                embedding=embedding,
-                groups=groups,
-                dropout=dropout,
-                scale_shift=scale_shift,
+        def attend(c: int, level: int) -> nn.Module:
+            count = heads or max(1, c // head_width)
+            if not transformer:
+                return AttentionBlock(c, heads=count, groups=groups, eps=eps)
+            return SpatialTransformer(
+                axes, c, heads=count, context=context, depth=depths[level], groups=groups
             )
 
-        def attend(c: int) -> nn.Module:
-            heads = max(1, c // head_width)
-            if transformer:
-                return SpatialTransformer(axes, c, heads=heads, context=context, groups=groups)
-            return AttentionBlock(c, heads=heads, groups=groups)
+        def halve(c: int) -> nn.Module:
+            if resample_residual:
+                return residual(c, c, resample="halve")
+            return Downsample(axes, c, padding=padding)
 
-        conv = CONV[axes]
-        c = channels * multipliers[0]
+        def double(c: int) -> nn.Module:
+            return residual(c, c, resample="double") if resample_residual else Upsample(axes, c)
+
+        widths = [int(channels * m) for m in multipliers]
+        last = self.levels - 1
+        c = widths[0]
         self.input_blocks = nn.ModuleList([_Blocks([conv(in_channels, c, 3, padding=1)])])
         skips = [c]
-        for level, multiplier in enumerate(multipliers):
+        for level in range(self.levels):
             for _ in range(blocks):
-                row = [residual(c, channels * multiplier)]
-                c = channels * multiplier
+                row = [residual(c, widths[level])]
+                c = widths[level]
                 if level in attention:
-                    row.append(attend(c))
+                    row.append(attend(c, level))
                 self.input_blocks.append(_Blocks(row))
                 skips.append(c)
-            if level < len(multipliers) - 1:
-                self.input_blocks.append(_Blocks([Downsample(axes, c)]))
+            if level < last:
+                self.input_blocks.append(_Blocks([halve(c)]))
                 skips.append(c)
-        self.middle_block = _Blocks([residual(c, c), attend(c), residual(c, c)])
+        middle = [attend(c, last)] if attention_middle else []
+        self.middle_block = _Blocks([residual(c, c), *middle, residual(c, c)])
         self.output_blocks = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
+        for level in reversed(range(self.levels)):
             for i in range(blocks + 1):
-                row = [residual(c + skips.pop(), channels * multiplier)]
-                c = channels * multiplier
-                if level in attention:
-                    row.append(attend(c))
+                row = [residual(c + skips.pop(), widths[level])]
+                c = widths[level]
+                if level in attention and (i == blocks or not attention_up_last):
+                    row.append(attend(c, level))
                 if level > 0 and i == blocks:
-                    row.append(Upsample(axes, c))
+                    row.append(double(c))
                 self.output_blocks.append(_Blocks(row))
         self.out = nn.Sequential(
-            nn.GroupNorm(groups, c), nn.SiLU(), zero(conv(c, out_channels, 3, padding=1))
+            nn.GroupNorm(groups, c, eps=eps),
+            nn.SiLU(),
+            zero(conv(c, out_channels, 3, padding=1)),
         )
 
     def forward(
@@ -145,16 +192,16 @@ class UNet(nn.Module):
             raise UsageError(
                 f"sizes {tuple(x.shape[2:])} do not fit this network: every axis must be a multiple of {self.factor}"
             )
-        for name, layer, value in (
-            ("vector", self.film_emb, vector),
-            ("label", self.label_emb, label),
-        ):
-            if (layer is None) != (value is None):
+        given = {"vector": vector, "context": context, "label": label}
+        for name, value in given.items():
+            if (name in self.conditions) != (value is not None):
                 verb = "needs" if value is None else "does not take"
                 raise UsageError(f"this UNet {verb} the condition {name!r}")
-        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
+        emb = self.time_embed(self.sinusoids(t).to(x.dtype))
         if self.label_emb is not None:
             emb = emb + self.label_emb(label)
+        if self.vector_embed is not None and vector is not None:
+            emb = emb + self.vector_embed(vector.to(x.dtype))
         if self.film_emb is not None and vector is not None:
             emb = torch.cat([emb, self.film_emb(vector.to(x.dtype))], dim=1)
         skips = []
