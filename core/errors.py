@@ -40,6 +40,12 @@ class PluginError(MdiffError):
     """A plugin failed in a hook; the message names the plugin, the hook and the cause."""
 
 
+def cause(error: BaseException) -> str:
+    """What went wrong in one line: the message of an error of ours, the kind and the message of any other."""
+    said = str(error) if isinstance(error, MdiffError) else f"{type(error).__name__}: {error}"
+    return " ".join(said.split())
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The clause that ends a message about an unknown name: `; did you mean 'x'?`, else all the
     known names.

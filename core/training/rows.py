@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mdiff.core import record
-from mdiff.core.errors import MdiffError, UsageError
+from mdiff.core.errors import MdiffError, UsageError, cause
 from mdiff.core.hooks import Example, Task
 from mdiff.core.training.draws import Draws, generator
 
@@ -84,7 +84,7 @@ class Rows:
         ordered, back = self.which(draws).sort()
         back = back.argsort()
         return {
-            name: tensor[ordered][back].to(draws.device, non_blocking=True)
+            name: tensor.index_select(0, ordered).index_select(0, back).to(draws.device)
             for name, tensor in self.tensors.items()
         }
 
@@ -268,10 +268,8 @@ def _read(examples: Sequence[Example], task: Task, workers: int) -> Iterator[lis
         try:
             with torch.no_grad():
                 tensors = [dict(row) for row in task.read(example)]
-        except MdiffError as error:
-            return str(error)
         except Exception as error:  # noqa: BLE001 (decoders raise what they like)
-            return " ".join(f"{type(error).__name__}: {error}".split())
+            return cause(error)
         if not tensors:
             return "no rows come of it"
         for row in tensors:

@@ -2,15 +2,19 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdiff.cli import main
 from mdiff.core import data
 from mdiff.core.errors import MdiffError, MissingError, UsageError
-from mdiff.core.hooks import DataSet, Example
+from mdiff.core.hooks import DataSet, Example, Media, PluginInfo, hookimpl
+from mdiff.core.host import Host, Record, use
 
 PNG = (".png", ".JPG")
 
@@ -360,3 +364,72 @@ def test_a_summary_says_what_a_training_would_see(tmp_path):
         "6, 2 a file, 2 different; e.g. 'x'",
     ):
         assert words in said
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+def number(path: Path) -> dict[str, int]:
+    return {"number": int(path.read_text())}
+
+
+@pytest.fixture
+def mdiff(monkeypatch, tmp_path, capsys):
+    """Runs a command in an empty folder with one plugin: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    plugin = ModuleType("page_numbers")
+    media = Media(suffix=".num", write=print, read=number, read_record=lambda path: None)
+    made = DataSet(summary="One", build=whole, packages=("npm:a", "pip:b"), licences="CC0-1.0")
+    answers = {
+        "mdiff_info": PluginInfo(name="numbers", api=(1, 0), modality="number", summary="x"),
+        "mdiff_media": [media],
+        "mdiff_datasets": {"one": made},
+    }
+    for hook, answer in answers.items():
+        vars(plugin)[hook] = hookimpl(lambda answer=answer: answer)
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    host = Host([Record(name="numbers", value=plugin.__name__, dist="numbers")])
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with use(host):
+            code = main(["data", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_data_sets_are_listed_with_their_packages_and_licences(mdiff):
+    assert mdiff("list") == (
+        0,
+        "numbers/one\n  One\n  packages  npm:a, pip:b\n  licences  CC0-1.0\n",
+        "",
+    )
+
+
+def test_a_data_set_is_built_by_name(mdiff):
+    assert mdiff("build", "numbers/one", "--out", "one") == (0, "one\n", "")
+    assert sorted(p.name for p in Path("one").iterdir()) == [
+        "LICENSES.md",
+        "a.png",
+        "metadata.jsonl",
+    ]
+    code, out, err = mdiff("build", "numbers/one", "--out", "one")
+    assert code == 2 and not out and "one is not empty" in err
+    code, _, err = mdiff("build", "numbers/two", "--out", "two")
+    assert code == 3 and "no data set 'numbers/two'; did you mean 'numbers/one'?" in err
+
+
+def test_a_check_says_what_is_there_and_every_problem(mdiff, tmp_path):
+    fill(tmp_path / "d", {"a/1.num": "1", "b/2.num": "two", "b/3.num": "3"})
+    code, out, _ = mdiff("check", "d")
+    assert code == 0 and out.splitlines()[:2] == ["number", "  files     3"] and "b 2, a 1" in out
+    fill(tmp_path / "d", {"a/1.txt": "one", "metadata.csv": "file_name\n4.num\n"})
+    code, out, _ = mdiff("check", "d", "--read")
+    problems = [line for line in out.splitlines() if line.startswith("  problem   ")]
+    assert code == 1 and len(problems) == 3
+    for line, words in zip(
+        problems, ["no file 4.num", "2 of 3", "cannot read d/b/2.num: ValueError"], strict=True
+    ):
+        assert words in line
+    code, out, err = mdiff("check", "none")
+    assert code == 3 and not out and "there is no folder 'none'" in err
