@@ -110,7 +110,9 @@ def ours(latents: Tensor, texts: Tensor, batch: int, steps: int) -> float:
             begin = time.perf_counter()
         rows = draws.integers(len(latents))
         t = evenly(denoiser.schedule, draws.total, draws.generator).t
-        each = eps(denoiser.bind(context=texts[rows]), latents[rows], t, draws.normal(*latents.shape[1:]))
+        each = eps(
+            denoiser.bind(context=texts[rows]), latents[rows], t, draws.normal(*latents.shape[1:])
+        )
         return Outcome(mean=each.mean(), each=each.detach(), t=t)
 
     recipe = Recipe(
@@ -132,7 +134,9 @@ def ours(latents: Tensor, texts: Tensor, batch: int, steps: int) -> float:
     recipe = replace(recipe, preview=replace(recipe.preview, steps=steps + 2))
     with tempfile.TemporaryDirectory() as folder:
         log = Log(Path(folder), quiet=True)
-        loop.train(net, loss, Path(folder), recipe, log=log, schedule=denoiser.schedule, on_preview=stop)
+        loop.train(
+            net, loss, Path(folder), recipe, log=log, schedule=denoiser.schedule, on_preview=stop
+        )
     return (ended - begin) / steps
 
 
@@ -181,7 +185,9 @@ def main() -> None:
     for name, seconds in middle.items():
         print(f"{name:28} {batch / seconds:7.2f} samples/s")
     print(f"ours / plain loop            {middle['plain loop'] / middle['ours']:.2f}")
-    print(f"ours / plain, cached latents {middle['plain loop, cached latents'] / middle['ours']:.2f}")
+    print(
+        f"ours / plain, cached latents {middle['plain loop, cached latents'] / middle['ours']:.2f}"
+    )
     print(f"ours / network alone         {middle['network alone'] / middle['ours']:.2f}")
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -39,6 +38,8 @@ from mdiff.core.training.recipe import Recipe, digest
 Loss = Callable[[Draws], Outcome | Tensor]
 """loss(draws) -> one loss per sample (b,), one for all of them, or an `Outcome`"""
 OnSave = Callable[[Checkpoint], None]
+LINE = 20.0
+"""Seconds after which the log has a line, however few steps there were."""
 OnPreview = Callable[[int, Mapping[str, Tensor]], None]
 """(step, averaged weights) -> None"""
 
@@ -46,12 +47,7 @@ OnPreview = Callable[[int, Mapping[str, Tensor]], None]
 def accelerator(recipe: Recipe, device: str = "auto") -> Accelerator:
     """What runs a recipe: the processes that torchrun or accelerate started, its device and its precision."""
     cpu = device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        # parts of a network that a condition leaves out (a null label, say) have no gradient in a step
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if recipe.precision == "bf16" else "no")
 
 
 class _Objective(nn.Module):
@@ -139,7 +135,8 @@ def train(
         log.say(f"going on from step {clock.step} ({clock.spent / 60:.1f} minutes)")
     clock.start()
     recent = _Recent(run, schedule)
-    saved_step, saved_at = clock.step if found else -1, clock.seconds
+    saved_step = clock.step if found else -1
+    saved_at = told_at = clock.seconds
 
     def save() -> None:
         nonlocal saved_step, saved_at
@@ -150,11 +147,29 @@ def train(
                 on_save(saved)
         saved_step, saved_at = clock.step, clock.seconds
 
+    def line(rate: float, norm: Tensor) -> None:
+        nonlocal told_at
+        mean = recent.mean()
+        _finite(mean, clock.step, saved_step)
+        log.step(
+            step=clock.step,
+            loss=mean,
+            levels=recent.levels(),
+            rate=rate,
+            norm=float(norm),
+            samples=clock.step * recipe.batch.size,
+            seconds=clock.seconds,
+            progress=recipe.budget.progress(clock.step, clock.seconds),
+        )
+        recent.clear()
+        told_at = clock.seconds
+
     with _stopping() as stopped:
         while True:
-            old = clock.seconds - saved_at > 60 * recipe.save.minutes > 0
             spent = recipe.budget.progress(clock.step, clock.seconds)
-            progress, stop, due = _agree(run, spent, stopped(), old)
+            old = clock.seconds - saved_at > 60 * recipe.save.minutes > 0
+            quiet = clock.seconds - told_at > LINE
+            progress, stop, due, tell = _agree(run, spent, stopped(), old, quiet)
             if progress >= 1.0 or stop:
                 break
             rate = optimizers.rate_at(recipe.optimizer, clock.step, progress)
@@ -176,20 +191,8 @@ def train(
             recent.steps += 1
             averages.update(clock.step)
             log.tick(clock.step, progress)
-            if clock.step % recipe.log.steps == 0:
-                loss_now = recent.mean()
-                _finite(loss_now, clock.step, saved_step)
-                log.step(
-                    step=clock.step,
-                    loss=loss_now,
-                    levels=recent.levels(),
-                    rate=rate,
-                    norm=float(norm),
-                    samples=clock.step * recipe.batch.size,
-                    seconds=clock.seconds,
-                    progress=progress,
-                )
-                recent.clear()
+            if tell or clock.step % recipe.log.steps == 0:
+                line(rate, norm)
             every = recipe.average.snapshots
             if every and clock.step % every == 0:
                 for name in averages.names:
@@ -203,6 +206,8 @@ def train(
                 if run.is_main_process:
                     on_preview(clock.step, state)
                 run.wait_for_everyone()
+        if recent.steps:
+            line(rate, norm)
         save()
     if stop:
         raise KeyboardInterrupt
@@ -223,14 +228,14 @@ def _shares(recipe: Recipe, run: Accelerator) -> list[slice]:
     return [slice(i, min(i + micro, first + own)) for i in range(first, first + own, micro)]
 
 
-def _agree(run: Accelerator, progress: float, stop: bool, due: bool) -> tuple[float, bool, bool]:
-    """What the main process says of the budget, and whether any process was told to stop."""
+def _agree(run: Accelerator, progress: float, stop: bool, *due: bool) -> tuple[Any, ...]:
+    """What the main process says of the budget and of what is due, and whether any process was told to stop."""
     if run.num_processes == 1:
-        return progress, stop, due
-    said = torch.tensor([progress, float(due)], dtype=torch.float64, device=run.device)
+        return progress, stop, *due
+    said = torch.tensor([progress, *map(float, due)], dtype=torch.float64, device=run.device)
     torch.distributed.broadcast(said, 0)
     stops = run.reduce(torch.tensor(float(stop), device=run.device), "sum")
-    return said[0].item(), bool(stops), bool(said[1])
+    return said[0].item(), bool(stops), *(bool(one) for one in said[1:])
 
 
 @contextmanager
@@ -344,9 +349,7 @@ def _save(
             "processes": run.num_processes,
             "torch": torch.__version__,
         }
-        saved = checkpoints.save(
-            folder / "checkpoints", clock.step, files, about, recipe.save.keep
-        )
+        saved = checkpoints.save(folder / "checkpoints", clock.step, files, about, recipe.save.keep)
     run.wait_for_everyone()
     return saved
 
@@ -358,7 +361,10 @@ def _restore(
     optimizer: Sequence[torch.optim.Optimizer],
     clock: _Clock,
 ) -> None:
-    weights.fill(module, found.read("model"), str(found.path))
+    own = module.state_dict()
+    tensors = found.read("model")
+    there = {k: checkpoints.placed(v, own[k]) if k in own else v for k, v in tensors.items()}
+    weights.fill(module, there, str(found.path))
     for name in averages.names:
         averages.load(name, found.read(f"average-{name}"))
     checkpoints.unflatten(optimizer, found.read("optimizer"))

@@ -30,6 +30,7 @@ from mdiff.core.training.loop import Loss
 from mdiff.core.training.recipe import Named, Recipe
 from mdiff.core.training.rows import Rows, prepare
 
+
 def start(
     recipe: Recipe,
     *,
@@ -51,9 +52,8 @@ def start(
         MdiffError: as `loop.train`.
     """
     on = loop.accelerator(recipe)
-    with on.main_process_first():
-        if on.is_main_process:
-            _claim(out, recipe, resume)
+    _check(out, recipe, resume)
+    record.make_folder(out)
     card = recipes.card_of(recipe, models)
     torch.manual_seed(recipe.seed)  # the weights to begin with
     model = _build(card, models.host, str(on.device))
@@ -69,6 +69,9 @@ def start(
         weights.fill(module, weights.parse(tensors, init), init)
     with on.main_process_first():
         rows = _rows(task, card, recipe, models.host, out, log)
+    if on.is_main_process:  # from here on the folder is that of a run
+        with record.atomic_write(out / recipes.NAME) as temporary:
+            temporary.write_text(recipes.to_toml(recipe))
     files = {file.module: file for file in frozen}
     whole = all(name in files or name == recipe.part for name in _filled(model))
 
@@ -100,7 +103,9 @@ def objective(task: Task, rows: Rows, recipe: Recipe) -> Loss:
         return lambda draws: own(rows.draw(draws), draws)
     denoiser, batch = task.denoiser, task.batch
     if denoiser is None or batch is None:
-        raise MdiffError(f"the task of {recipe.part!r} has neither a loss nor a denoiser with batches")
+        raise MdiffError(
+            f"the task of {recipe.part!r} has neither a loss nor a denoiser with batches"
+        )
     wanted = recipe.loss or Named(name=denoiser.predicts)
     loss = losses.from_name(wanted.name, **wanted.parameters)
     # evenly over the entries of a table, or over [0, 1]
@@ -132,8 +137,8 @@ def source(name: str, part: str, models: registry.Registry) -> tuple[File, bytes
     raise MissingError(f"{name} has no weights for {part!r}{nearest(part, known)}")
 
 
-def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Makes a folder the run's own: writes the recipe, or compares it with the one that is there."""
+def _check(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Compares a recipe with that of the run in a folder, if there is one."""
     path = out / recipes.NAME
     if path.exists():
         if not resume:
@@ -141,15 +146,14 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
                 f"{out} holds a run already: --resume goes on with it, another --out begins anew"
             )
         recipes.check_same(recipes.read(path), recipe)
-    record.make_folder(out)
-    with record.atomic_write(path) as temporary:
-        temporary.write_text(recipes.to_toml(recipe))
 
 
 def _build(card: ModelCard, host: Host, device: str) -> Model:
     model = host.call(card.plugin, "mdiff_build", card=card, device=device, dtype=torch.float32)
     if not isinstance(model, Model):
-        raise MdiffError(f"plugin {card.plugin!r} builds {model!r} for {card.id} instead of a Model")
+        raise MdiffError(
+            f"plugin {card.plugin!r} builds {model!r} for {card.id} instead of a Model"
+        )
     for module in model.modules.values():
         module.eval().requires_grad_(False)
     return model
@@ -204,9 +208,7 @@ def _checked(task: Any, card: ModelCard, recipe: Recipe, frozen: list[File]) -> 
     return replace(task, made_by=made_by)
 
 
-def _rows(
-    task: Task, card: ModelCard, recipe: Recipe, host: Host, out: Path, log: Log
-) -> Rows:
+def _rows(task: Task, card: ModelCard, recipe: Recipe, host: Host, out: Path, log: Log) -> Rows:
     folder = recipe.data.folder
     if folder is None:
         raise UsageError("nothing to train on: give a folder with --data FOLDER")

@@ -103,7 +103,8 @@ def test_a_broken_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, broken
     resumed = run(tmp_path / "broken", recipe)
     assert same(straight, resumed)
     first, second = (
-        checkpoints.newest(tmp_path / name / "checkpoints", print) for name in ("straight", "broken")
+        checkpoints.newest(tmp_path / name / "checkpoints", print)
+        for name in ("straight", "broken")
     )
     assert first is not None and second is not None
     for name in ("model", "average-0.999", "optimizer"):
@@ -153,12 +154,16 @@ def test_the_average_is_the_closed_form(tmp_path: Path) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_the_checkpoint(
+    tmp_path: Path,
+) -> None:
     def poisoned(net: nn.Module) -> Callable[[Draws], Tensor]:
         inner = fit(net)
         return lambda draws: inner(draws) * (float("nan") if draws.step == 22 else 1.0)
 
-    with pytest.raises(NonFiniteError, match="the loss is nan at step 25; the checkpoint of step 20"):
+    with pytest.raises(
+        NonFiniteError, match="the loss is nan at step 25; the checkpoint of step 20"
+    ):
         run(tmp_path, loss=poisoned)
     kept = checkpoints.newest(tmp_path / "checkpoints", print)
     assert kept is not None and kept.step == 20
