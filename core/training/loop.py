@@ -1,4 +1,4 @@
-"""The training loop, on accelerate: one process or many, bf16 or float32, micro-batches, checkpoints that it goes on from.
+"""The training loop, on accelerate: one process or many, bf16 or float32, micro-batches, checkpoints to go on from.
 
 A step is a function of (seed, step) alone: which samples, at what times, with what noise comes from `Draws`, and what
 modules draw from the global generator (dropout) is seeded anew each step. So a resumed run needs no random state but

@@ -5,7 +5,6 @@ examples of the folder become rows, and the loop does the rest. From its first c
 a model that `mdiff run` takes.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.core import data, losses, pipeline, record, registry, request, times, weights
-from mdiff.core.errors import IntegrityError, MdiffError, MissingError, UsageError, nearest
+from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
 from mdiff.core.hooks import File, Model, ModelCard, Task
 from mdiff.core.host import Host
 from mdiff.core.losses import Outcome
