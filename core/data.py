@@ -6,9 +6,9 @@
 
 A folder is media files, found in all its subfolders. What is known of a file comes from `metadata.jsonl` or
 `metadata.csv` in a folder above it, from the text file of the same stem beside it where the metadata has no text, and
-from its class folder where there is neither. A data set that a plugin builds is such a folder too, so there is one way
-to read data. Reading is strict: a folder in which something does not fit is refused, with the first problem; `scan`
-lists them all.
+from its class folder where there is neither; where all files lie in folders named train, test and the like, those are
+the splits. A data set that a plugin builds is such a folder too, so there is one way to read data. Reading is strict:
+a folder in which something does not fit is refused, with the first problem; `scan` lists them all.
 """
 
 import csv
@@ -30,6 +30,9 @@ from mdiff.core.host import Host
 
 METADATA = "metadata.jsonl"
 LICENCES = "LICENSES.md"
+SPLITS = ("train", "held_out", "test", "val", "valid", "validation", "dev")
+"""Names of folders that are splits, where all files lie in such folders."""
+
 _COLUMNS = ("file_name", "text", "texts", "label", "split")
 
 
@@ -69,13 +72,15 @@ def scan(folder: Path, suffixes: Collection[str]) -> Scan:
         return Scan(
             [], [MissingError(f"{folder} holds no file of the kinds {', '.join(sorted(wanted))}")]
         )
-    rows, problems = _metadata(folder, files, set(media), wanted)
+    split = all(name.parts[0] in SPLITS for name in media)
+    plain = {n: Example(path=folder / n, split=n.parts[0] if split else "train") for n in media}
+    rows, problems = _metadata(folder, files, plain, wanted)
     captions, unreadable = _captions(folder, media, [] if ".txt" in wanted else files)
     found: dict[PurePosixPath, Example] = {}
     for name in media:
-        row = rows.get(name, Example(path=folder / name))
+        row = rows.get(name, plain[name])
         found[name] = replace(row, texts=row.texts or captions.get(name.with_suffix(""), ()))
-    found |= _classes({n: e for n, e in found.items() if n not in rows and not e.texts})
+    found |= _classes({n: e for n, e in found.items() if n not in rows and not e.texts}, int(split))
     problems += unreadable.values()
     bare = [n for n, e in found.items() if not e.texts and n.with_suffix("") not in unreadable]
     if bare and any(example.texts for example in found.values()):
@@ -223,21 +228,21 @@ def _captions(
     return texts, problems
 
 
-def _classes(plain: Mapping[PurePosixPath, Example]) -> dict[PurePosixPath, Example]:
-    """Files of which nothing is said, with their first folder as label where there are two such folders."""
-    inside = {name: example for name, example in plain.items() if len(name.parts) > 1}
-    if len({name.parts[0] for name in inside}) < 2:
+def _classes(plain: Mapping[PurePosixPath, Example], level: int) -> dict[PurePosixPath, Example]:
+    """Files of which nothing is said, with their folder at a level as label where there are two such folders."""
+    labels = {name: name.parts[level] for name in plain if len(name.parts) > level + 1}
+    if len(set(labels.values())) < 2:
         return {}
-    return {name: replace(example, label=name.parts[0]) for name, example in inside.items()}
+    return {name: replace(plain[name], label=label) for name, label in labels.items()}
 
 
 def _metadata(
     folder: Path,
     files: Iterable[PurePosixPath],
-    media: Collection[PurePosixPath],
+    plain: Mapping[PurePosixPath, Example],
     wanted: Collection[str],
 ) -> tuple[dict[PurePosixPath, Example], list[MdiffError]]:
-    """What metadata files say of media files, and what is wrong with them."""
+    """`plain` examples with what metadata files say of them, and what is wrong with those."""
     rows: dict[PurePosixPath, Example] = {}
     problems: list[MdiffError] = []
     for name in files:
@@ -250,11 +255,13 @@ def _metadata(
             continue
         for number, row in _READERS[name.name](text):
             try:
+                if isinstance(row, str):
+                    raise UsageError(row)
                 path = _place(name.parent, row)
                 if path in rows:
                     raise UsageError(f"{path} has a row already")
-                if path in media:
-                    rows[path] = _example(folder / path, row)
+                if path in plain:
+                    rows[path] = _example(plain[path], row)
                 elif path.suffix.lower() in wanted or not (folder / path).is_file():
                     raise UsageError(f"there is no file {path}")
             except UsageError as error:
@@ -262,10 +269,8 @@ def _metadata(
     return rows, problems
 
 
-def _place(parent: PurePosixPath, row: Mapping[str, Any] | str) -> PurePosixPath:
-    """The file that a row is about, relative to the data set's folder; a row that is a text is a problem."""
-    if isinstance(row, str):
-        raise UsageError(row)
+def _place(parent: PurePosixPath, row: Mapping[str, Any]) -> PurePosixPath:
+    """The file that a row is about, relative to the data set's folder."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         hint = "" if "file_name" in row else f"; its columns are {', '.join(row)}"
@@ -276,7 +281,7 @@ def _place(parent: PurePosixPath, row: Mapping[str, Any] | str) -> PurePosixPath
     return path
 
 
-def _example(path: Path, row: Mapping[str, Any]) -> Example:
+def _example(plain: Example, row: Mapping[str, Any]) -> Example:
     text, texts, label, split = (row.get(name) for name in _COLUMNS[1:])
     several = [] if texts is None else texts
     if not isinstance(several, list) or not all(isinstance(t, str) for t in several):
@@ -288,11 +293,11 @@ def _example(path: Path, row: Mapping[str, Any]) -> Example:
     if not isinstance(split, str | None):
         raise UsageError(f"split should be a name and is {split!r}")
     wordings = dict.fromkeys(t.strip() for t in ([text] if text else []) + several)
-    return Example(
-        path=path,
+    return replace(
+        plain,
         texts=tuple(t for t in wordings if t),
         label=None if label in (None, "") else str(label),
-        split=split or "train",
+        split=split or plain.split,
         facts={name: value for name, value in row.items() if name not in _COLUMNS},
     )
 

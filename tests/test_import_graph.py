@@ -12,7 +12,7 @@ SOURCES = sorted(
 ) + [ROOT / name for name in ("__init__.py", "__main__.py", "cli.py")]
 LIGHT = [
     ROOT / "core" / f"{name}.py"
-    for name in ["errors", "hooks", "host", "registry", "request", "record"]
+    for name in ["data", "errors", "hooks", "host", "packages", "registry", "request", "record"]
 ]
 LIGHT += [ROOT / "cli.py", ROOT / "__main__.py", ROOT / "__init__.py"]
 LIGHT += sorted((ROOT / "plugins").glob("*/__init__.py")) + [ROOT / "plugins" / "__init__.py"]

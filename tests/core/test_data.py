@@ -107,6 +107,20 @@ def test_folders_are_classes_where_nothing_else_is_said(tmp_path):
     assert [e.label for e in said.values()] == [None, None]
 
 
+def test_folders_named_like_splits_are_splits(tmp_path):
+    rows = lines({"file_name": "c.png"}, {"file_name": "d.png", "split": "train"})
+    files = {"train/dogs/a.png": "", "train/cats/b.png": "", "test/c.png": "", "test/d.png": ""}
+    found = read(fill(tmp_path, files | {"test/metadata.jsonl": rows}))
+    assert [(e.split, e.label) for e in found.values()] == [
+        ("test", None),
+        ("train", None),
+        ("train", "cats"),
+        ("train", "dogs"),
+    ]
+    found = read(fill(tmp_path, {"other/e.png": "", "train/f.png": ""}))
+    assert {e.split for e in found.values()} == {"train"} and found["train/f.png"].label == "train"
+
+
 def test_metadata_may_speak_of_other_kinds_of_file(tmp_path):
     rows = lines({"file_name": "a.png"}, {"file_name": "a.wav"})
     assert list(read(fill(tmp_path, {"a.png": "", "a.wav": "", "metadata.jsonl": rows}))) == [
