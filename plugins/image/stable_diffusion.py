@@ -47,7 +47,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
 
     def read(text: str | None) -> dict[str, Tensor]:
         """The condition of a text; that of the empty text where there is none."""
-        return {"context": token_states(encoder, [text or ""], config["tokens"]).to(device)}
+        return {"context": token_states(encoder, [text or ""], config["tokens"]).to(device, dtype)}
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
         height, width = size_of(request, config, shrink * unet.factor)
