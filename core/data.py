@@ -292,7 +292,10 @@ def _example(plain: Example, row: Mapping[str, Any]) -> Example:
         raise UsageError(f"label should be a name or a whole number and is {label!r}")
     if not isinstance(split, str | None):
         raise UsageError(f"split should be a name and is {split!r}")
-    wordings = dict.fromkeys(t.strip() for t in ([text] if text else []) + several)
+    # as in text files, what a list has twice counts twice
+    wordings = (
+        t.strip() for t in ([text, *(t for t in several if t != text)] if text else several)
+    )
     return replace(
         plain,
         texts=tuple(t for t in wordings if t),

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mdiff.core.errors import UsageError, nearest
-from mdiff.core.hooks import API, Media, Model, ModelCard, PluginInfo, hookimpl
+from mdiff.core.hooks import (
+    API,
+    DataSet,
+    Media,
+    Metric,
+    Model,
+    ModelCard,
+    PluginInfo,
+    Task,
+    hookimpl,
+)
 from mdiff.plugins.audio import io
 
 if TYPE_CHECKING:
@@ -26,6 +37,32 @@ def mdiff_build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     if card.system not in systems:
         raise UsageError(f"audio has no system {card.system!r}{nearest(card.system, systems)}")
     return systems[card.system](card, device, dtype)
+
+
+@hookimpl
+def mdiff_train(card: ModelCard, model: Model, part: str, settings: Mapping[str, Any]) -> Task:
+    from mdiff.plugins.audio import training
+
+    return training.task(card, model, part, settings)
+
+
+@hookimpl
+def mdiff_recipes() -> Mapping[str, Path]:
+    return {path.stem: path for path in Path(__file__).parent.glob("recipes/*.toml")}
+
+
+@hookimpl
+def mdiff_datasets() -> Mapping[str, DataSet]:
+    from mdiff.plugins.audio.data import recipe
+
+    return {"mini-sounds": recipe.DATA_SET}
+
+
+@hookimpl
+def mdiff_metrics() -> Mapping[str, Callable[[], Metric]]:
+    from mdiff.plugins.audio import metrics
+
+    return metrics.METRICS
 
 
 @hookimpl

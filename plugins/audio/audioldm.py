@@ -4,7 +4,7 @@ Three stages: the latent UNet, conditioned on the joint embedding by its FiLM ve
 after which the candidates are ranked by their similarity to the text; the vocoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdiff.core import schedules
 from mdiff.core.denoiser import Denoiser
-from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, text_encoder
+from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.plugins.audio.nets.joint import JointEmbedding
@@ -33,6 +33,13 @@ def to_mel(image: Tensor) -> Tensor:
 def samples(request: Request) -> int:
     """The length of a request in samples: its duration, which the card's defaults always give."""
     return round((request.duration or 0.0) * RATE)
+
+
+def embed_texts(joint: JointEmbedding, encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """The joint embeddings of texts (B, width), unit vectors."""
+    states = encoder.encode(texts)
+    device = joint.log_scale.device
+    return joint.embed_text(states.tokens.to(device).float(), states.mask.to(device))
 
 
 def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
@@ -61,8 +68,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
 
     def embed(text: str | None) -> Tensor:
         """The joint embedding of a text (1, width); that of the empty text where there is none."""
-        states = encoder.encode([text or ""])
-        return joint.embed_text(states.tokens.to(device).float(), states.mask.to(device))
+        return embed_texts(joint, encoder, [text or ""])
 
     channels = config["unet"]["in_channels"]
 

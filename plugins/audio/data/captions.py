@@ -14,6 +14,7 @@ from mdiff.plugins.audio.data.sounds import SOUNDS
 
 KINDS = ("note", "chord", "arpeggio", "drums", "strum", "effect")
 PLAIN_SHARE = 0.4  # of the captions that `varied` gives
+WORDINGS = 8  # of a clip of the data set
 
 _SHARPS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 _FLATS = {"C#": "Db", "D#": "Eb", "F#": "Gb", "G#": "Ab", "A#": "Bb"}
@@ -51,8 +52,8 @@ class Clip:
 
 
 def to_row(clip: Clip) -> dict[str, object]:
-    """A JSON-ready mapping with the plain caption and the note's name beside the attributes."""
-    return asdict(clip) | {"note": clip.note, "caption": plain(clip)}
+    """A JSON-ready mapping of the attributes, with the note's name beside them."""
+    return asdict(clip) | {"note": clip.note}
 
 
 def from_row(row: Mapping[str, object]) -> Clip:
@@ -94,6 +95,12 @@ def varied(clip: Clip, rng: Random) -> str:
         return plain(clip)
     text = _article(_VARIED[clip.kind](clip, rng))
     return text.lower() if rng.random() < 0.1 else text
+
+
+def wordings(clip: Clip, row: int) -> list[str]:
+    """The canonical caption and `WORDINGS` - 1 others, which the clip's place in the data set decides."""
+    rng = Random(row)
+    return [plain(clip), *(varied(clip, rng) for _ in range(WORDINGS - 1))]
 
 
 def _letters(midi: int) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Training of the instrument classifier on the data set's single notes.
+"""Training of the instrument classifier on the single notes of `audio/mini-sounds`.
 
-    python -m mdiff.plugins.audio.data.classifier --data DIR --out FILE
+    python -m mdiff.plugins.audio.data.classifier --data FOLDER --out FILE
 
 Held-out notes are never trained on; the accuracy on them is printed.
 """
@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mdiff.core import data
+from mdiff.core.hooks import Example
+from mdiff.plugins.audio import io
 from mdiff.plugins.audio.data.instruments import INSTRUMENTS
-from mdiff.plugins.audio.data.store import load, to_float
-from mdiff.plugins.audio.metrics import MELS, InstrumentNet, mel_power, save_classifier
+from mdiff.plugins.audio.metrics import MELS, RATE, InstrumentNet, mel_power, save_classifier
 
 EPOCHS = 14
 
@@ -67,10 +67,10 @@ def augment(power: Tensor, draw: torch.Generator) -> Tensor:
     return power.roll(shift, dims=2) * gain.unsqueeze(2) + noise.unsqueeze(2)
 
 
-def spectrograms(waves: NDArray[np.int16], rows: Sequence[int]) -> Tensor:
-    """Mel power of those rows of the data set, (N, MELS, frames)."""
-    chunks = [rows[k : k + 64] for k in range(0, len(rows), 64)]
-    return torch.cat([mel_power(torch.from_numpy(to_float(waves[chunk]))) for chunk in chunks])
+def spectrograms(examples: Sequence[Example]) -> Tensor:
+    """Mel power of sounds of one length, (N, MELS, frames)."""
+    waves = (io.read(example.path, rate=RATE, channels=1)["audio"] for example in examples)
+    return torch.cat([mel_power(wave) for wave in waves])
 
 
 @torch.no_grad()
@@ -85,20 +85,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mdiff.plugins.audio.data.classifier", description=__doc__
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder that the recipe wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    clips, waves = load(options.data)
+    notes = [
+        example
+        for example in data.examples(options.data, (".flac",))
+        if example.facts.get("kind") == "note"
+    ]
     names = list(INSTRUMENTS)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for split in ("train", "held_out"):
-        rows = [k for k, c in enumerate(clips) if c.kind == "note" and c.split == split]
-        labels = torch.tensor([names.index(clips[k].instrument) for k in rows])
-        parts[split] = (spectrograms(waves, rows), labels)
+        some = [example for example in notes if example.split == split]
+        labels = torch.tensor([names.index(example.label or "") for example in some])
+        parts[split] = (spectrograms(some), labels)
     began = time.monotonic()
     net = train(*parts["train"], names, options.epochs, options.seed)
     seconds = time.monotonic() - began

@@ -1,17 +1,15 @@
-"""The audio data set as a recipe: from three kinds of package to `waves.npy` and `index.jsonl`.
+"""The data set `audio/mini-sounds`: 2.56 s clips with captions, from packages to FLAC files.
 
-    python -m mdiff.plugins.audio.data.recipe --sources DIR --out DIR
+    mdiff data build audio/mini-sounds --out FOLDER
 
 `plan` lists the clips that a soundfont renders and says which notes are held out; `build` adds the
-recorded ones and writes everything. The same seed gives the same bytes.
+recorded ones and writes everything. The same packages give the same samples.
 """
 
-import argparse
 import json
-import subprocess
-import sys
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -19,11 +17,12 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from mdiff.core.errors import MissingError
+from mdiff.core.hooks import DataSet
 from mdiff.plugins.audio.data import recordings
-from mdiff.plugins.audio.data.captions import Clip, to_row
+from mdiff.plugins.audio.data.captions import Clip, plain, to_row, wordings
 from mdiff.plugins.audio.data.instruments import (
     ARPEGGIO_INSTRUMENTS,
     CHORD_INSTRUMENTS,
@@ -33,7 +32,7 @@ from mdiff.plugins.audio.data.instruments import (
     PATTERNS,
     TRIADS,
 )
-from mdiff.plugins.audio.data.soundfont import SAMPLES, SoundFont, Wave
+from mdiff.plugins.audio.data.soundfont import RATE, SoundFont, Wave
 
 SEED = 20_26
 VELOCITIES = (45, 80, 115)
@@ -43,13 +42,16 @@ HIT_VELOCITIES = (45, 70, 95, 120)
 TEMPOS = (70, 85, 100, 115, 130, 150, 175)
 HELD_OUT = 0.1  # of the notes of every instrument, rounded up
 
-# Debian package -> what to look for in it, by the name under which `build` wants it.
-_SOURCES = {
-    "soundfont": ("fluid-soundfont-gm", "FluidR3_GM.sf2"),
-    "opensfx": ("openttd-opensfx", "opensfx.cat"),
-    "sonic_pi": ("sonic-pi-samples", "sonic-pi/samples"),
-    "strums": ("hydrogen-drumkits-effects", "belofilms_GuitarStrums"),
+SYNTHESISER = "pip:tinysoundfont==0.3.7"
+# argument of `recordings.clips`, or the soundfont -> its package, and what to look for in there
+SOURCES = {
+    "soundfont": ("apt:fluid-soundfont-gm", "FluidR3_GM.sf2"),
+    "opensfx": ("apt:openttd-opensfx", "opensfx.cat"),
+    "sonic_pi": ("apt:sonic-pi-samples", "sonic-pi/samples"),
+    "strums": ("apt:hydrogen-drumkits-effects", "belofilms_GuitarStrums"),
 }
+
+Fetch = Callable[[str], Path]
 
 
 def held_out(seed: int = SEED) -> frozenset[tuple[str, int]]:
@@ -135,70 +137,69 @@ def _beats() -> Iterator[Clip]:
         yield Clip(kind="drums", name=name, tempo=tempo, velocity=100, take=take)
 
 
-def locate(sources: Path) -> dict[str, Path]:
-    """Where each source lies under the folder; one that is absent is fetched and unpacked there.
+def locate(fetch: Fetch) -> dict[str, Path]:
+    """Where each of `SOURCES` lies.
 
-    Raises MissingError where a package cannot be had.
+    Raises:
+        MissingError: a package cannot be had, or does not hold what it should.
     """
     found: dict[str, Path] = {}
-    for name, (package, tail) in _SOURCES.items():
-        hits = _search(sources, tail)
+    for name, (package, path) in SOURCES.items():
+        hits = sorted(fetch(package).glob(f"**/{path}"))
         if not hits:
-            _fetch(package, sources)
-            hits = _search(sources, tail)
-        if not hits:
-            raise MissingError(f"package {package} holds no {tail}; try another version of it")
+            raise MissingError(f"{package} holds no {path}: it has to be another version of it")
         found[name] = hits[0]
     return found
 
 
-def _search(folder: Path, tail: str) -> list[Path]:
-    return sorted(folder.glob(f"**/{tail}"))
-
-
-def _fetch(package: str, sources: Path) -> None:
-    sources.mkdir(parents=True, exist_ok=True)
-    try:
-        subprocess.run(["apt-get", "download", package], cwd=sources, check=True)
-        for archive in sorted(sources.glob(f"{package}_*.deb")):
-            subprocess.run(["dpkg-deb", "-x", str(archive), str(sources)], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise MissingError(
-            f"Debian package {package} is not under {sources} and could not be fetched; where apt "
-            f"runs: apt-get update && apt-get download {package}, then dpkg-deb -x it there"
-        ) from error
-
-
-def build(sources: Path, out: Path, seed: int = SEED) -> list[Clip]:
-    """Render and read every clip; write `waves.npy` (int16, N x SAMPLES), `index.jsonl` and
-    `LICENSES.md` to `out`. Returns the clips in row order."""
-    where = locate(sources)
-    font = SoundFont(where.pop("soundfont"))
-    jobs: list[tuple[Clip, recordings.Read]] = [
-        (clip, partial(font.render, clip, seed + index)) for index, clip in enumerate(plan(seed))
+def jobs(fetch: Fetch) -> list[tuple[Clip, recordings.Read]]:
+    """Every clip in the order of the data set, with the function that makes its waveform."""
+    where = locate(fetch)
+    font = SoundFont(where.pop("soundfont"), fetch(SYNTHESISER))
+    rendered = [
+        (clip, partial(font.render, clip, SEED + index)) for index, clip in enumerate(plan())
     ]
-    jobs += recordings.clips(**where)
-    out.mkdir(parents=True, exist_ok=True)
-    waves = np.lib.format.open_memmap(
-        out / "waves.npy", mode="w+", dtype=np.int16, shape=(len(jobs), SAMPLES)
-    )
-    with (out / "index.jsonl").open("w", encoding="utf-8") as index:
-        for row, (clip, read) in enumerate(jobs):
-            waves[row] = to_pcm(read())
-            index.write(json.dumps({"row": row, **to_row(clip)}) + "\n")
-    waves.flush()
-    kept = [clip for clip, _ in jobs]
-    (out / "LICENSES.md").write_text(licences(kept), encoding="utf-8")
-    return kept
+    return [*rendered, *recordings.clips(**where)]
 
 
-def to_pcm(wave: Wave) -> np.ndarray:
+def build(folder: Path, fetch: Fetch) -> None:
+    """Renders and reads every clip; writes `sounds/*.flac`, `metadata.jsonl` and `LICENSES.md`.
+
+    Raises:
+        MissingError: a package cannot be had.
+    """
+    import soundfile
+
+    (folder / "sounds").mkdir(parents=True)
+    kept = jobs(fetch)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as index:
+        for row, (clip, read) in enumerate(kept):
+            name = f"sounds/{file_name(clip, row)}"
+            soundfile.write(folder / name, to_pcm(read()), RATE, subtype="PCM_16")
+            index.write(json.dumps({"file_name": name, **described(clip, row)}) + "\n")
+    page = licences([clip for clip, _ in kept])
+    (folder / "LICENSES.md").write_text(page, encoding="utf-8")
+
+
+def file_name(clip: Clip, row: int) -> str:
+    """ "00042-a-flute-playing-c-sharp-4.flac"."""
+    words = re.sub(r"[^a-z0-9]+", "-", plain(clip).lower().replace("#", "-sharp-")).strip("-")
+    return f"{row:05d}-{words}.flac"
+
+
+def described(clip: Clip, row: int) -> dict[str, object]:
+    """What the metadata say of a clip: its wordings, its label where it has an instrument, and all its attributes."""
+    label = {"label": clip.instrument} if clip.instrument else {}
+    return {"texts": wordings(clip, row), **label, **to_row(clip)}
+
+
+def to_pcm(wave: Wave) -> NDArray[np.int16]:
     """float32 within -1..1 to int16, rounded."""
     return np.round(wave * 32767).astype(np.int16)
 
 
 def licences(clips: list[Clip]) -> str:
-    """Which source and licence every clip comes from, as a Markdown page."""
+    """How many clips come from which source under which licence, as a Markdown page."""
     counts = Counter((clip.source, clip.licence) for clip in clips)
     rows = [f"| {source} | {licence} | {n} |" for (source, licence), n in sorted(counts.items())]
     return "\n".join(
@@ -217,18 +218,9 @@ def licences(clips: list[Clip]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="mdiff.plugins.audio.data.recipe", description=__doc__)
-    parser.add_argument("--sources", type=Path, required=True, help="folder of unpacked packages")
-    parser.add_argument("--out", type=Path, required=True, help="where the data set goes")
-    parser.add_argument("--seed", type=int, default=SEED)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    clips = build(options.sources, options.out, options.seed)
-    kinds = Counter(f"{clip.kind}/{clip.split}" for clip in clips)
-    print(json.dumps({"out": str(options.out), "clips": len(clips), **kinds}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+DATA_SET = DataSet(
+    summary="7,177 clips of 2.56 s at 16 kHz: 39 instruments note by note, chords, arpeggios, drums, strums, effects",
+    build=build,
+    packages=(*(package for package, _ in SOURCES.values()), SYNTHESISER),
+    licences="MIT, CC0-1.0 and CC-BY-3.0",
+)

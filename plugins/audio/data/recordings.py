@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from mdiff.plugins.audio.data.captions import Clip, parse_note
 from mdiff.plugins.audio.data.soundfont import (
@@ -164,5 +163,7 @@ def _strum(path: Path) -> Wave:
 
 
 def _file(path: Path) -> Wave:
+    import soundfile
+
     wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     return resample(wave.mean(axis=1), rate)

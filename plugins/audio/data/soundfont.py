@@ -4,6 +4,7 @@ A waveform is a float32 array of `SAMPLES` samples at `RATE` Hz, mono, within -1
 runs at three times that rate and is low-passed on the way down, so that no partial folds back.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -49,16 +50,25 @@ class Key:
 class SoundFont:
     """A loaded soundfont; `render` turns a clip into a waveform, the same one every time.
 
-    Raises MissingError where the synthesiser is not installed.
+    Args:
+        path: the .sf2 file.
+        synthesiser: the folder that holds the package tinysoundfont.
+
+    Raises:
+        MissingError: the synthesiser does not load on this machine.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, synthesiser: Path) -> None:
+        sys.path.insert(0, str(synthesiser))
         try:
             tinysoundfont = import_module("tinysoundfont")
         except ImportError as error:
             raise MissingError(
-                "rendering a soundfont needs tinysoundfont; get it with: pip install --no-deps tinysoundfont"
+                f"the synthesiser in {synthesiser} does not load here ({error}): delete that "
+                "folder, so that it is fetched for this machine"
             ) from error
+        finally:
+            sys.path.remove(str(synthesiser))
         self._synth: Any = tinysoundfont.Synth(gain=-12.0, samplerate=_SYNTH_RATE)
         self._font: int = self._synth.sfload(str(path))
         self._gain = cache(self._measure_gain)

@@ -9,6 +9,7 @@ import pytest
 from mdiff.plugins.audio.data.captions import (
     KINDS,
     PLAIN_SHARE,
+    WORDINGS,
     Clip,
     from_row,
     note_name,
@@ -17,6 +18,7 @@ from mdiff.plugins.audio.data.captions import (
     spellings,
     to_row,
     varied,
+    wordings,
 )
 from mdiff.plugins.audio.data.instruments import HIGHEST, INSTRUMENTS, LOWEST
 from mdiff.plugins.audio.data.recipe import plan
@@ -100,6 +102,14 @@ def test_wording_is_drawn_by_the_generator_alone() -> None:
     assert words(1) != words(2)
 
 
+def test_the_place_of_a_clip_decides_its_wordings_and_the_plain_one_is_first() -> None:
+    for row, clip in enumerate(CLIPS[::50]):
+        texts = wordings(clip, row)
+        assert texts == wordings(clip, row) != wordings(clip, row + 1)
+        assert len(texts) == WORDINGS
+        assert texts[0] == plain(clip)
+
+
 def test_about_the_stated_share_of_captions_is_canonical() -> None:
     rng = Random(0)
     notes = [clip for clip in CLIPS if clip.kind == "note"]
@@ -149,6 +159,5 @@ def test_loudness_and_height_words_agree_with_the_clip() -> None:
 def test_clips_pass_through_json() -> None:
     for clip in CLIPS[::20]:
         row = json.loads(json.dumps(to_row(clip)))
-        assert row["caption"] == plain(clip)
         assert row["note"] == clip.note
         assert from_row(row) == clip

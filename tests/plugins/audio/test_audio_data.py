@@ -1,16 +1,18 @@
 """The audio data set: what is planned and held out, and what becomes of waveforms and files."""
 
-import json
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
+from mdiff.core import data
 from mdiff.core.errors import MissingError
 from mdiff.plugins.audio.data import recipe
-from mdiff.plugins.audio.data.captions import Clip, to_row
+from mdiff.plugins.audio.data.captions import WORDINGS, Clip, from_row, plain
 from mdiff.plugins.audio.data.instruments import DRUMS, HIGHEST, INSTRUMENTS, LOWEST, PATTERNS
 from mdiff.plugins.audio.data.recordings import catalogue, clips
 from mdiff.plugins.audio.data.soundfont import (
@@ -18,12 +20,12 @@ from mdiff.plugins.audio.data.soundfont import (
     RATE,
     SAMPLES,
     SECONDS,
+    SoundFont,
     finish,
     loudest,
     resample,
     score,
 )
-from mdiff.plugins.audio.data.store import load, to_float
 
 PLAN = recipe.plan()
 NOTES = [clip for clip in PLAN if clip.kind == "note"]
@@ -119,7 +121,7 @@ def test_finished_clips_have_one_length_no_overload_and_end_in_silence(seconds: 
     assert np.abs(wave).max() <= PEAK + 1e-6
     assert wave[-1] == 0
     pcm = recipe.to_pcm(wave)
-    np.testing.assert_allclose(to_float(pcm), wave, atol=1 / 32767)
+    np.testing.assert_allclose(pcm / 32767, wave, atol=1 / 32767)
 
 
 def test_resampling_keeps_what_fits_and_folds_nothing_back() -> None:
@@ -178,23 +180,58 @@ def test_the_licence_page_counts_every_clip() -> None:
     assert f"| fluid-soundfont-gm | MIT | {len(PLAN)} |" in page
 
 
-def test_a_data_set_is_read_back_and_a_missing_one_names_the_recipe(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=r"python -m mdiff\.plugins\.audio\.data\.recipe"):
-        load(tmp_path)
-    np.save(tmp_path / "waves.npy", np.zeros((2, SAMPLES), dtype=np.int16))
-    rows = [json.dumps({"row": row, **to_row(clip)}) for row, clip in enumerate(PLAN[:2])]
-    (tmp_path / "index.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    read, waves = load(tmp_path)
-    assert read == PLAN[:2]
-    assert waves.shape == (2, SAMPLES)
-    (tmp_path / "index.jsonl").write_text(rows[0] + "\n", encoding="utf-8")
-    with pytest.raises(MissingError, match="2 waveforms but 1 clips"):
-        load(tmp_path)
+def test_what_is_built_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = [PLAN[0], *(clip for clip in NOTES if clip.split == "held_out")][:3]
+    built.append(
+        Clip(kind="effect", name="@ cow mooing", source="openttd-opensfx", licence="CC0-1.0")
+    )
+    waves = [finish(tone(220 * (k + 1), 1.0)) for k in range(4)]
+    jobs = [(clip, lambda k=k: waves[k]) for k, clip in enumerate(built)]
+    monkeypatch.setattr(recipe, "jobs", lambda fetch: jobs)
+    recipe.build(tmp_path, lambda spec: tmp_path)
+
+    read = data.examples(tmp_path, (".flac",))
+    assert [example.path.name for example in read][::3] == [
+        "00000-a-grand-piano-playing-c2.flac",
+        "00003-a-cow-mooing.flac",
+    ]
+    assert [from_row({**example.facts, "split": example.split}) for example in read] == built
+    assert [example.split for example in read] == ["train", "held_out", "held_out", "train"]
+    assert [example.label for example in read] == [*["grand piano"] * 3, None]
+    for row, (example, wave) in enumerate(zip(read, waves, strict=True)):
+        assert example.texts == tuple(recipe.wordings(built[row], row))
+        assert example.texts[0] == plain(built[row])
+        assert len(example.texts) == WORDINGS
+        pcm, rate = soundfile.read(example.path, dtype="int16")
+        assert rate == RATE
+        assert np.array_equal(pcm, recipe.to_pcm(wave))
+    assert "| openttd-opensfx | CC0-1.0 | 1 |" in (tmp_path / "LICENSES.md").read_text()
 
 
-def test_a_package_that_cannot_be_fetched_is_named(
+def test_a_package_that_holds_something_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="apt:fluid-soundfont-gm holds no FluidR3_GM.sf2"):
+        recipe.locate(lambda spec: tmp_path)
+
+
+def test_every_source_is_fetched_once_and_listed(tmp_path: Path) -> None:
+    for _, path in recipe.SOURCES.values():
+        (tmp_path / path).mkdir(parents=True)
+    asked: list[str] = []
+
+    def fetch(spec: str) -> Path:
+        asked.append(spec)
+        return tmp_path
+
+    assert set(recipe.locate(fetch)) == set(recipe.SOURCES)
+    assert (*asked, recipe.SYNTHESISER) == recipe.DATA_SET.packages
+
+
+def test_a_synthesiser_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingError, match="apt-get download fluid-soundfont-gm"):
-        recipe.locate(tmp_path / "sources")
+    (tmp_path / "tinysoundfont.py").write_text("import there_is_no_such_module")
+    monkeypatch.delitem(sys.modules, "tinysoundfont", raising=False)
+    before = list(sys.path)
+    with pytest.raises(MissingError, match="there_is_no_such_module"):
+        SoundFont(tmp_path / "a.sf2", tmp_path)
+    assert sys.path == before
