@@ -272,7 +272,8 @@ def unflatten(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str,
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as another one is: shared out over the processes where that one is."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
-        return distribute_tensor(tensor, like.device_mesh, like.placements)
+        # every process has read the whole, so none is sent
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
 
 

@@ -320,8 +320,9 @@ def recompute(module: nn.Module) -> None:
 
 
 def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which each process may have a part, put together; every process has to take part."""
-    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+    """Tensors of which each process may have a part, put together; every process has to take part, in one order."""
+    parts = ((name, state[name]) for name in sorted(state))
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in parts}
 
 
 def _save(

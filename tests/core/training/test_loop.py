@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from mdiff.core.errors import MdiffError, NonFiniteError
 from mdiff.core.training import checkpoints, loop
@@ -113,14 +116,8 @@ def test_a_broken_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, broken
 
 
 def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path) -> None:
-    no_dropout = replace(RECIPE, precision="fp32")
-
-    def still(net: nn.Module) -> Callable[[Draws], Tensor]:
-        net.body[2].p = 0.0  # type: ignore[index,union-attr]
-        return fit(net)
-
-    whole = run(tmp_path / "whole", no_dropout, loss=still)
-    split = run(tmp_path / "split", replace(no_dropout, batch=Batch(size=8, micro=3)), loss=still)
+    whole = run(tmp_path / "whole", RECIPE, loss=still)
+    split = run(tmp_path / "split", replace(RECIPE, batch=Batch(size=8, micro=3)), loss=still)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -210,21 +207,47 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_loop
-test_loop.two(Path(sys.argv[1]))
+test_loop.several(Path(sys.argv[1]))
 """
 
 
-def two(folder: Path) -> None:
-    """What each of several processes runs."""
-
-    def still(net: nn.Module) -> Callable[[Draws], Tensor]:
-        net.body[2].p = 0.0  # type: ignore[index,union-attr]
-        return fit(net)
-
-    run(folder, replace(RECIPE, log=LogSettings(steps=1)), loss=still)
+def still(net: nn.Module) -> Callable[[Draws], Tensor]:
+    """The loss without dropout, whose masks are those of a share of the batch."""
+    net.body[2].p = 0.0  # type: ignore[index,union-attr]
+    return fit(net)
 
 
-def test_two_processes_with_half_the_batch_follow_the_curve_of_one(tmp_path: Path) -> None:
+class Sharded:
+    """Processes that share the parameters out among them (FSDP2), as accelerate's configuration may say."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def prepare(self, objective: Any) -> Any:
+        mesh = init_device_mesh("cpu", (self.num_processes,))
+        fully_shard(objective.module.body, mesh=mesh)
+        return fully_shard(objective, mesh=mesh)
+
+    def no_sync(self, objective: nn.Module) -> Any:
+        return nullcontext()
+
+
+def several(folder: Path) -> None:
+    """What each of several processes runs: copies of the network, then shares of it, then those broken off."""
+    every_step = replace(RECIPE, log=LogSettings(steps=1))
+    run(folder / "copies", every_step, loss=still)
+    on = Sharded(loop.accelerator(RECIPE))
+    run(folder / "shares", every_step, loss=still, on=on)
+    recipe = replace(every_step, optimizer=replace(RECIPE.optimizer, schedule="constant"))
+    run(folder / "straight", recipe, loss=still, on=on)
+    run(folder / "broken", replace(recipe, budget=Budget(steps=25)), loss=still, on=on)
+    run(folder / "broken", recipe, loss=still, on=on)
+
+
+def test_several_processes_follow_the_curve_of_one(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     with socket.socket() as free:
@@ -232,17 +255,27 @@ def test_two_processes_with_half_the_batch_follow_the_curve_of_one(tmp_path: Pat
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "--master-port", str(port), str(script), str(tmp_path / "two")],
+        [*torchrun, "--master-port", str(port), str(script), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    two(tmp_path / "one")
-    one, both = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(both) == 40
-    torch.testing.assert_close(torch.tensor(both), torch.tensor(one), rtol=1e-3, atol=1e-5)
+    run(tmp_path / "one", replace(RECIPE, log=LogSettings(steps=1)), loss=still)
+    one = torch.tensor(losses(tmp_path / "one"))
+    assert len(one) == 40
+    for name in ("copies", "shares"):
+        found = torch.tensor(losses(tmp_path / name))
+        torch.testing.assert_close(found, one, rtol=1e-3, atol=1e-5)
+    straight, resumed = (
+        checkpoints.newest(tmp_path / name / "checkpoints", print)
+        for name in ("straight", "broken")
+    )
+    assert straight is not None and resumed is not None and straight.step == resumed.step == 40
+    for name in ("model", "average-0.999", "optimizer"):
+        a, b = straight.read(name), resumed.read(name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
