@@ -1,6 +1,5 @@
-"""The listeners: which note a posterior shows, an instrument classifier that learns, the report."""
+"""What listeners hear: notes, chords, instruments, loudness, clipping, words; and what is said when they are absent."""
 
-import json
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -9,22 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from mdiff.core import host
 from mdiff.core.errors import MissingError
+from mdiff.core.hooks import Example, Metric
 from mdiff.plugins.audio import metrics
-from mdiff.plugins.audio.data.captions import Clip
 from mdiff.plugins.audio.data.classifier import accuracy, train
-from mdiff.plugins.audio.data.evaluate import asked, evaluate, table
-from mdiff.plugins.audio.data.recipe import held_out
 from mdiff.plugins.audio.metrics import (
     LOWEST_NOTE,
+    METRICS,
     RATE,
-    Heard,
     InstrumentNet,
+    found_chord,
     found_note,
     load_classifier,
     mel_power,
-    report,
     save_classifier,
+    word_errors,
+    words,
 )
 
 
@@ -36,12 +36,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def example(**facts: object) -> Example:
+    return Example(path=Path("a.wav"), facts=facts)
+
+
+def tone(
+    *midi: int, seconds: float = 2.0, rate: int = RATE, level: float = 0.3
+) -> dict[str, object]:
+    """Decaying notes with a few overtones, one after another in no time: a chord."""
+    time = torch.arange(int(seconds * rate)) / rate
+    audio = torch.zeros_like(time)
+    for number in midi:
+        pitch = 440 * 2 ** ((number - 69) / 12)
+        for k in (1, 2, 3, 4):
+            audio += torch.sin(2 * torch.pi * k * pitch * time) / k**2 * torch.exp(-time)
+    return {"audio": level * audio[None] / len(midi), "rate": rate}
+
+
 def posterior(**notes: tuple[float, int]) -> np.ndarray:
     """Frames x 88 with notes `m<midi>=(probability, frames)`."""
     out = np.full((100, 88), 0.05, dtype=np.float32)
     for name, (probability, frames) in notes.items():
         out[:frames, int(name[1:]) - LOWEST_NOTE] = probability
     return out
+
+
+def score(
+    metric: Metric, *pairs: tuple[dict[str, object], Example], against: object = None
+) -> float:
+    rows = np.stack([metric.measure(sample, one) for sample, one in pairs])
+    return metric.score(rows, rows if against is None else np.asarray(against))
+
+
+# --- notes and chords -------------------------------------------------------------------------------------------------
 
 
 def test_the_note_that_sounds_longest_and_surest_is_found() -> None:
@@ -51,25 +78,46 @@ def test_the_note_that_sounds_longest_and_surest_is_found() -> None:
 
 
 def test_faint_activations_add_up_to_nothing() -> None:
-    assert found_note(posterior()) is None
+    assert found_note(posterior()) is None and found_chord(posterior()) is None
     assert found_note(posterior(m60=(0.25, 100), m72=(0.5, 3))) == 72
     assert found_note(posterior(m60=(0.25, 100)), threshold=0.2) == 60
 
 
-def test_listeners_that_are_not_installed_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise metadata.PackageNotFoundError(name)
+@pytest.mark.parametrize(("quality", "third"), [("major", 4), ("minor", 3)])
+@pytest.mark.parametrize("root", range(12))
+def test_a_triad_is_found_in_any_inversion(root: int, quality: str, third: int) -> None:
+    notes = [60 + (root + step) % 12 for step in (0, third, 7)]
+    heard = {f"m{note}": (0.7, 40 + 10 * k) for k, note in enumerate(notes)}
+    assert found_chord(posterior(**heard)) == (root, quality)
+    assert found_chord(posterior(**heard, m96=(0.5, 4))) == (root, quality)
 
-    monkeypatch.setattr(metadata, "files", absent)
-    with pytest.raises(MissingError, match="pip install --no-deps basic-pitch"):
-        metrics._pitch_network()
 
-    def unimportable(name: str) -> None:
-        raise ImportError(name)
+def test_a_note_of_known_waves() -> None:
+    metric = METRICS["note"]()
+    asked = example(kind="note", midi=69)
+    assert metric.measure(tone(69), asked).tolist() == [69, 69]
+    assert metric.measure(tone(69, rate=44_100), asked).tolist() == [69, 69]
+    assert metric.measure(tone(57), asked).tolist() == [69, 57]
+    silent = {"audio": torch.zeros(1, RATE), "rate": RATE}
+    assert metric.measure(silent, asked).tolist() == [69, metrics.NO_NOTE]
+    right, wrong = (tone(69), asked), (tone(60), asked)
+    assert score(metric, right, right, wrong, (silent, asked)) == 0.5
+    assert metric.applies(asked) and metric.applies(example(kind="note", midi="69"))
+    assert not metric.applies(example(kind="chord", midi=69))
+    assert not metric.applies(example(kind="note")) and not metric.applies(example())
 
-    monkeypatch.setattr(metrics, "import_module", unimportable)
-    with pytest.raises(MissingError, match="pip install onnxruntime"):
-        metrics.NoteReader()
+
+def test_a_chord_of_known_waves() -> None:
+    metric = METRICS["chord"]()
+    asked = example(kind="chord", midi=57, quality="minor")
+    assert score(metric, (tone(57, 60, 64), asked)) == 1.0
+    assert score(metric, (tone(57, 61, 64), asked)) == 0.0
+    assert metric.applies(asked) and metric.applies(example(kind="strum", midi=57, quality="major"))
+    assert not metric.applies(example(kind="strum", midi=57, quality="sus4"))
+    assert not metric.applies(example(kind="note", midi=57, quality="major"))
+
+
+# --- instruments ------------------------------------------------------------------------------------------------------
 
 
 def sounds(kind: str, count: int, seed: int) -> torch.Tensor:
@@ -119,66 +167,148 @@ def test_the_classifier_stays_small() -> None:
     assert sum(each.numel() for each in net.parameters()) < 500_000
 
 
-def heard(midi: int, got: int | None, instrument: str = "flute", told: str = "flute") -> Heard:
-    return Heard(instrument=instrument, midi=midi, heard_instrument=told, heard_midi=got)
+def test_the_shipped_classifier_tells_what_was_asked_from_what_is_heard() -> None:
+    metric = METRICS["instrument"]()
+    names = metrics._classifier().names
+    assert len(names) == 39 and "flute" in names
+    asked = example(kind="note", midi=69, instrument="flute")
+    (want, heard) = metric.measure(tone(69), asked)
+    assert names[int(want)] == "flute" and 0 <= heard < len(names)
+    assert metric.score(np.array([[1, 1], [2, 3]]), np.zeros((0, 2))) == 0.5
+    assert metric.applies(asked)
+    assert not metric.applies(example(kind="note", instrument="hurdy-gurdy"))
+    assert not metric.applies(example(kind="chord", instrument="flute"))
 
 
-def test_the_report_counts_notes_octaves_and_confusions() -> None:
-    result = report(
-        [
-            heard(60, 60),
-            heard(60, 72),
-            heard(60, None, told="ocarina"),
-            heard(62, 62, told="ocarina"),
-        ]
-    )
-    assert result.clips == 4
-    assert result.note_accuracy == 0.5
-    assert result.octave_errors == 0.25
-    assert result.instrument_accuracy == 0.5
-    assert result.both == 0.25
-    assert result.confusions == (("flute", "ocarina", 2),)
-    assert result.missed_notes == (("flute", 60, 72), ("flute", 60, None))
-    assert json.loads(result.to_json())["note_accuracy"] == 0.5
-    assert "ocarina" in table(result)
-    with pytest.raises(ValueError, match="no clips"):
-        report([])
+def test_the_distance_to_real_sounds_falls_with_likeness() -> None:
+    metric = METRICS["fad"]()
+    assert "InstrumentNet" in metric.summary and metric.reference == "held_out"
 
-
-class FakeReader:
-    """Stands in for Basic Pitch: hears middle C in everything."""
-
-    def posterior(self, wave: np.ndarray, rate: int = RATE) -> np.ndarray:
-        return posterior(m60=(0.9, 50))
-
-
-class FakeNet:
-    """Stands in for the classifier: silence is a harp, all else a flute."""
-
-    def hear(self, wave: np.ndarray) -> str:
-        return "flute" if np.abs(wave).max() > 0 else "harp"
-
-
-def test_clips_are_judged_against_what_was_asked() -> None:
-    clips = [
-        (
-            Clip(kind="note", instrument=name, midi=midi),
-            np.full(RATE, level, dtype=np.float32),
+    def rows(kind: str, seed: int) -> np.ndarray:
+        return np.stack(
+            [
+                metric.measure({"audio": wave[None], "rate": RATE}, example())
+                for wave in sounds(kind, 50, seed)
+            ]
         )
-        for name, midi, level in (("flute", 60, 0.5), ("flute", 61, 0.5), ("harp", 60, 0.0))
+
+    pure, again, rich = rows("pure", 0), rows("pure", 1), rows("rich", 2)
+    assert pure.shape == (50, 256)
+    assert metric.score(pure, pure) == pytest.approx(0, abs=1e-6)
+    assert metric.score(pure, again) < 0.5 * metric.score(pure, rich)
+
+
+# --- loudness and clipping --------------------------------------------------------------------------------------------
+
+
+def test_the_loudness_of_a_known_tone() -> None:
+    """A sine at 997 Hz and full scale in one channel has -3.01 LUFS (BS.1770); torchaudio's filter is 0.27 dB below."""
+    metric = METRICS["loudness"]()
+    time = torch.arange(48_000 * 3) / 48_000
+    sine = torch.sin(2 * torch.pi * 997 * time)[None]
+    row = metric.measure({"audio": sine, "rate": 48_000}, example())
+    assert row[0] == pytest.approx(-3.01, abs=0.3)
+    quiet = metric.measure({"audio": sine * 0.1, "rate": 48_000}, example())
+    assert row[0] - quiet[0] == pytest.approx(20, abs=0.05)
+    assert metric.score(np.array([quiet]), np.array([row])) == pytest.approx(20, abs=0.05)
+    for audio in (torch.zeros(1, RATE), torch.zeros(1, 10), torch.zeros(7, RATE)):
+        assert metric.measure({"audio": audio, "rate": RATE}, example()).tolist() == [
+            metrics.SILENT
+        ]
+
+
+def test_clipping_is_samples_in_a_row_at_full_scale() -> None:
+    metric = METRICS["clipping"]()
+
+    def of(*values: float) -> float:
+        return float(metric.measure({"audio": torch.tensor([values]), "rate": RATE}, example())[0])
+
+    assert of(0.1, 1.0, 0.1, -1.0) == 0.0
+    assert of(0.5, 1.0, 1.0, 0.5) == 0.5
+    assert of(-1.0, -1.0, -1.0, 0.0) == 0.75
+    assert metric.score(np.array([[0.5], [0.0]]), np.zeros((0, 1))) == 0.25
+
+
+# --- speech -----------------------------------------------------------------------------------------------------------
+
+
+def test_word_errors_are_the_fewest_edits() -> None:
+    assert word_errors(["a", "b", "c"], ["a", "b", "c"]) == 0
+    assert word_errors(["a", "b", "c"], ["a", "c"]) == 1
+    assert word_errors(["a", "b", "c"], ["x", "a", "b", "y"]) == 2
+    assert word_errors([], ["a"]) == 1 and word_errors(["a", "b"], []) == 2
+    assert words("It\u2019s a Test, twice: A-B!") == ["it's", "a", "test", "twice", "a", "b"]
+
+
+def test_speech_is_measured_by_its_listeners() -> None:
+    pytest.importorskip("pocketsphinx")
+    metric = METRICS["word_error_rate"]()
+    silent = {"audio": torch.zeros(1, RATE), "rate": RATE}
+    said = example(transcript="Good evening, all!")
+    assert metric.measure(silent, said).tolist()[1] == 3
+    assert metric.score(np.array([[1, 4], [0, 1]]), np.zeros((0, 2))) == 0.2
+    assert (
+        metric.applies(said)
+        and not metric.applies(example(transcript=""))
+        and not metric.applies(example())
+    )
+
+
+def test_the_quality_of_speech_falls_with_noise() -> None:
+    """Something like a voice: bursts of a harmonic tone between pauses, clean and in noise."""
+    pytest.importorskip("onnxruntime")
+    metric = METRICS["dnsmos"]()
+    time = torch.arange(int(RATE * 4.6)) / RATE  # twice that is one window
+    voice = sum(torch.sin(2 * torch.pi * 140 * k * time) / k for k in range(1, 20))
+    voice = 0.1 * voice * (torch.sin(2 * torch.pi * 1.5 * time) > 0)
+    noise = 0.1 * torch.randn(len(time), generator=torch.Generator().manual_seed(0))
+    rows = [
+        metric.measure({"audio": audio[None], "rate": RATE}, example(kind="speech"))
+        for audio in (voice, voice + noise)
     ]
-    result = evaluate(clips, FakeReader(), FakeNet())  # type: ignore[arg-type]
-    assert (result.note_accuracy, result.instrument_accuracy) == (pytest.approx(2 / 3), 1.0)
-    assert result.missed_notes == (("flute", 61, 60),)
+    assert all(row.shape == (3,) and (row > 0.9).all() and (row < 5).all() for row in rows)
+    assert rows[0][1] > rows[1][1] + 0.5  # the background
+    assert metric.score(np.array([[1, 2, 3.0], [1, 2, 4.0]]), np.zeros((0, 3))) == 3.5
+    assert metric.applies(example(transcript="x")) and not metric.applies(example(kind="note"))
 
 
-def test_what_is_asked_for_is_every_held_out_pair_once() -> None:
-    clips = asked()
-    assert {(clip.instrument, clip.midi) for clip in clips} == held_out()
-    assert len(clips) == len(held_out())
+# --- what is not there ------------------------------------------------------------------------------------------------
 
 
-def test_a_clip_without_a_note_is_refused() -> None:
-    clip = Clip(kind="effect", name="@ cow mooing")
-    with pytest.raises(ValueError, match="no note was asked"):
-        evaluate([(clip, np.zeros(RATE, dtype=np.float32))], FakeReader(), FakeNet())  # type: ignore[arg-type]
+def test_listeners_that_are_not_installed_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "files", absent)
+        for name, command in {
+            "note": "pip install --no-deps basic-pitch",
+            "chord": "pip install --no-deps basic-pitch",
+            "dnsmos": "pip install --no-deps speechmos",
+        }.items():
+            with pytest.raises(MissingError, match=command):
+                METRICS[name]()
+
+    def unimportable(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(metrics, "import_module", unimportable)
+    with pytest.raises(MissingError, match="pip install onnxruntime"):
+        METRICS["note"]()
+    with pytest.raises(MissingError, match="pip install pocketsphinx"):
+        METRICS["word_error_rate"]()
+
+
+def test_the_plugin_offers_them() -> None:
+    found = host.current().offers("audio", "metrics")
+    assert list(found) == [
+        "note",
+        "chord",
+        "instrument",
+        "fad",
+        "word_error_rate",
+        "dnsmos",
+        "loudness",
+        "clipping",
+    ]
+    assert all(maker.__doc__ for maker in found.values())
