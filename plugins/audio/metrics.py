@@ -9,6 +9,7 @@ A metric is asked of the examples whose facts it needs: `kind`, `midi`, `quality
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -387,7 +388,9 @@ def loudness() -> Metric:
         audio = audio if len(audio) <= 5 else io.mixed(audio, 1)
         # The measure wants one block of 0.4 s at least.
         audio = nn.functional.pad(audio, (0, max(0, int(0.4 * rate) + 1 - audio.shape[1])))
-        value = float(torchaudio.functional.loudness(audio, rate))
+        # torchaudio cuts off what its filters lift beyond full scale, so loud sounds are measured 12 dB lower.
+        scale = 0.25 if float(audio.abs().max()) > 0.25 else 1.0
+        value = float(torchaudio.functional.loudness(scale * audio, rate)) - 20 * math.log10(scale)
         return np.array([max(SILENT, value) if np.isfinite(value) else SILENT])
 
     return Metric(
