@@ -40,7 +40,7 @@ class Layout:
         names: a place, or a module that is outside of blocks -> its name. {level} counts from full resolution,
             {mirror} from the smallest; {block} counts from 0 and {number} from 1.
         inside: kind of block -> end of a module's name -> the modules whose rows it holds, one after the other.
-        qkv_first: rows of q, k and v of attention blocks are [q, k, v][head][channel]; ours are [head][q, k, v][channel].
+        qkv_first: attention blocks pack rows as [q, k, v][head][channel]; ours are [head][q, k, v][channel].
         older: a part of a key as older files spell it -> as newer ones do.
     """
 

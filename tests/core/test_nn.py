@@ -1,10 +1,21 @@
-"""Networks: published parameter counts, shapes over 1, 2 and 3 axes, conditions, gradients."""
+"""Networks: published parameter counts, shapes over 1, 2 and 3 axes, dialects, conditions, gradients."""
+
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mdiff.core.errors import UsageError
-from mdiff.core.nn.autoencoder import AutoencoderKL
+from mdiff.core.nn.autoencoder import AutoencoderKL, DiagonalGaussian
+from mdiff.core.nn.layers import (
+    CONV,
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    timestep_embedding,
+)
 from mdiff.core.nn.unet import UNet
 
 AUDIOLDM = {
@@ -57,21 +68,57 @@ def test_stable_diffusion_size() -> None:
 
 def small(axes: int, **options: object) -> UNet:
     torch.manual_seed(0)
-    net = UNet(
-        axes=axes,
-        in_channels=3,
-        out_channels=2,
-        channels=16,
-        multipliers=[1, 2],
-        blocks=1,
-        attention=[1],
-        head_width=8,
-        groups=8,
-        **options,  # type: ignore[arg-type]
-    )
+    config: dict[str, object] = {"channels": 16, "multipliers": [1, 2], "blocks": 1}
+    config |= {"attention": [1], "head_width": 8, "groups": 8}
+    net = UNet(axes=axes, in_channels=3, out_channels=2, **config | options)  # type: ignore[arg-type]
     for parameter in net.parameters():  # also the branches that start at zero
         torch.nn.init.normal_(parameter, std=0.1)
     return net.eval()
+
+
+DDPM = {"heads": 1, "padding": "end", "eps": 1e-6, "sine_first": True, "frequency_shift": 1}
+ADM = {"scale_shift": True, "resample_residual": True, "multipliers": [0.5, 1], "classes": 3}
+SDXL = {"transformer": True, "context": 5, "depth": [0, 2], "vector": 7, "vector_added": True}
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("dialect", [DDPM, ADM, SDXL], ids=["DDPM", "ADM", "SDXL"])
+def test_dialects_over_any_axes(axes: int, dialect: dict[str, object]) -> None:
+    net = small(axes, **dialect)
+    given = {
+        "label": torch.tensor([2, 0]),
+        "vector": torch.randn(2, 7),
+        "context": torch.randn(2, 4, 5),
+    }
+    cond = {name: given[name] for name in net.conditions}
+    x, t = torch.randn(2, 3, *[4] * axes), torch.tensor([1.0, 999.0])
+    out = net(x, t, **cond)
+    assert out.shape == (2, 2, *[4] * axes)
+    # no axis is another than the rest: kernels and data turned together give the output turned
+    turned = small(axes, **dialect)
+    for module in turned.modules():
+        if isinstance(module, tuple(CONV.values())):
+            module.weight.data = module.weight.data.transpose(2, 1 + axes).contiguous()
+    again = turned(x.transpose(2, 1 + axes), t, **cond).transpose(2, 1 + axes)
+    torch.testing.assert_close(again, out, rtol=1e-4, atol=1e-4)
+
+
+def test_where_attention_is() -> None:
+    def count(**options: object) -> int:
+        net = small(2, blocks=2, multipliers=[1, 1, 1], attention=[1], **options)
+        return sum(isinstance(m, AttentionBlock) for m in net.modules())
+
+    assert count() == 2 + 1 + 3  # down, middle, up
+    assert count(attention_up_last=True) == 2 + 1 + 1
+    assert count(attention_middle=False) == 2 + 3
+
+
+def test_transformers_are_as_deep_as_their_level() -> None:
+    net = small(
+        1, transformer=True, context=5, multipliers=[1, 1, 1], attention=[0, 1], depth=[1, 3, 2]
+    )
+    depths = [len(m.transformer_blocks) for m in net.modules() if isinstance(m, SpatialTransformer)]
+    assert depths == [1, 3, 2, 3, 3, 1, 1]
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -100,6 +147,12 @@ def test_conditions_matter_and_missing_ones_are_named() -> None:
             net(x, t, **{k: v for k, v in given.items() if k != name})
     with pytest.raises(UsageError, match="multiple of 2"):
         net(torch.randn(1, 3, 7), t, **given)
+    with pytest.raises(UsageError, match="does not take the condition 'context'"):
+        net(x, t, **given, context=torch.zeros(1, 2, 3))
+    with pytest.raises(UsageError, match="needs the condition 'context'"):
+        small(1, transformer=True, context=5)(x, t)
+    with pytest.raises(UsageError, match="unknown padding 'ends'; did you mean 'end'"):
+        small(1, padding="ends")
 
 
 def test_untrained_output_is_zero() -> None:
@@ -121,10 +174,82 @@ def test_autoencoder_shapes_and_gradients(axes: int) -> None:
 
 
 def test_kl_is_zero_only_at_the_standard_normal() -> None:
-    from mdiff.core.nn.autoencoder import DiagonalGaussian
-
     zero = torch.zeros(2, 3, 4)
     assert DiagonalGaussian(mean=zero, log_variance=zero).kl() == 0
     # KL of N(1, e) per element: (1 + e - 1 - 1) / 2
     found = DiagonalGaussian(mean=zero + 1, log_variance=zero + 1).kl()
     torch.testing.assert_close(found, torch.tensor(12 * (torch.e - 1) / 2))
+
+
+# --- blocks: laws that references only show indirectly
+
+
+@pytest.mark.parametrize("sine_first", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sinusoids(sine_first: bool, shift: int) -> None:
+    t, half = torch.tensor([0.0, 3.5, 999.0]), 4
+    found = timestep_embedding(t, 2 * half, sine_first=sine_first, frequency_shift=shift)
+    angles = [[v * 10_000 ** (-i / (half - shift)) for i in range(half)] for v in t.tolist()]
+    cosines, sines = (
+        torch.tensor([[f(a) for a in row] for row in angles]) for f in (math.cos, math.sin)
+    )
+    expected = torch.cat([sines, cosines] if sine_first else [cosines, sines], dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_halving_looks_beyond_the_end_only_or_beyond_both(axes: int) -> None:
+    x = torch.zeros(1, 1, *[4] * axes)
+    x[(..., *[0] * axes)] = 1.0  # the first position of every axis
+    for padding, tap in (("end", 0), ("symmetric", 1)):
+        down = Downsample(axes, 1, padding=padding)
+        out = down(x) - down(torch.zeros_like(x))
+        assert out.shape == (1, 1, *[2] * axes)
+        # the first window begins there, or one before it
+        torch.testing.assert_close(out.flatten()[0], down.op.weight[(0, 0, *[tap] * axes)])
+        assert out.flatten()[1:].abs().max() == 0
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_residual_blocks_resample_both_ways_through_them(axes: int) -> None:
+    x = torch.randn(1, 8, *[4] * axes)
+    halve, double = (
+        ResBlock(axes, 8, 8, embedding=None, groups=4, resample=how) for how in ("halve", "double")
+    )
+    # the branch starts at zero: what is left is each position twice, and the mean of pairs
+    twice = double(x)
+    for dim in range(2, 2 + axes):
+        assert torch.equal(*twice.unflatten(dim, (4, 2)).unbind(dim + 1))
+    torch.testing.assert_close(halve(twice), x)
+    torch.testing.assert_close(halve(x).mean(), x.mean())
+    for block, size in ((halve, 2), (double, 8)):
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter)
+        assert block(x).shape == (1, 8, *[size] * axes)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_is_its_formula(heads: int) -> None:
+    block, x = AttentionBlock(8, heads=heads, groups=4), torch.randn(2, 8, 3, 5)
+    torch.nn.init.normal_(block.proj_out.weight)
+    flat = block.norm(x).flatten(2)
+    qkv = torch.einsum("oc,bcl->bol", block.qkv.weight, flat) + block.qkv.bias[:, None]
+    out = []
+    for head in qkv.reshape(2, heads, 3, 8 // heads, 15).unbind(1):
+        q, k, v = head.unbind(1)
+        share = (torch.einsum("bci,bcj->bij", q, k) / (8 // heads) ** 0.5).softmax(-1)
+        out.append(torch.einsum("bij,bcj->bci", share, v))
+    h = torch.einsum("oc,bcl->bol", block.proj_out.weight, torch.cat(out, 1))
+    torch.testing.assert_close(block(x), x + h.reshape(x.shape), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_norms_are_taken_in_float32(memory_format: torch.memory_format) -> None:
+    """In bfloat16 they are the float32 ones, rounded once: references cast around them for nothing."""
+    torch.manual_seed(0)
+    x = (100 + torch.randn(2, 64, 16, 16)).bfloat16().contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(64).bfloat16(), torch.randn(64).bfloat16()
+    found = F.group_norm(x, 32, weight, bias)
+    expected = F.group_norm(x.float(), 32, weight.float(), bias.float()).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
+    assert (found != expected).float().mean() < 0.01

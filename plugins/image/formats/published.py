@@ -1,4 +1,4 @@
-"""What is published of pixel and latent diffusion: every release as the `config` of a model, and the layout of its file.
+"""What is published of pixel and latent diffusion: each release as a model's `config`, and the layout of its file.
 
 The same networks are found in diffusers folders, in the layout "diffusers" (unCLIP's in "diffusers-unclip"). Sources:
 the releases' own scripts and configuration files.
@@ -182,7 +182,8 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         vector=2560,
     ),
 }
-"""Name -> layout of the original file and `config` of the model, as `ddpm.build` and `stable_diffusion.build` take it.
+"""Name -> layout of the original file, and `config` as `ddpm.build` or `stable_diffusion.build` takes it. The latter has
+to be told of a text encoder; networks with a vector, or with more input channels than latents, want those as well.
 
 The layout "stable-diffusion" is that of a file with several networks, which `single_file` takes apart.
 """

@@ -1,4 +1,4 @@
-"""Stable Diffusion's single files: several networks in one state dict, each under a prefix and in a layout of its own."""
+"""Stable Diffusion's single files: several networks in one state dict, each under a prefix and in its own layout."""
 
 from collections.abc import Mapping
 
