@@ -481,7 +481,8 @@ def train(
         try:
             training.start(recipe, models=registry, out=out, init=init, resume=resume, log=log)
         except KeyboardInterrupt:
-            log.say(f"to go on: mdiff train {shlex.quote(str(out))} --resume")
+            if (out / recipes.NAME).is_file():
+                log.say(f"to go on: mdiff train {shlex.quote(str(out))} --resume")
             raise
     if not (as_json or silent):
         click.echo(str(out))

@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line(tmp_path):
         Log(tmp_path) as log,
     ):
         step(log, 1)
-        log._file = log._open.enter_context(Path("/dev/full").open("w"))
+        log._file = log._open.enter_context(Path("/dev/full").open("w"))  # noqa: SIM115
         step(log, 2)
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
