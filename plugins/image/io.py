@@ -174,8 +174,8 @@ def _decoded(path: Path) -> Tensor:
     large = f"{path} has more than {PIXELS} pixels: make it smaller first"
     try:
         with warnings.catch_warnings():
-            # its own limit is below ours; what is beyond twice that raises all the same
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # of odd tags, and of sizes: its limit is below ours, and beyond twice that it raises all the same
+            warnings.simplefilter("ignore")
             with Image.open(path) as file:
                 if file.width * file.height > PIXELS:
                     raise UsageError(large)
