@@ -149,6 +149,7 @@ class UNet(nn.Module):
         last = self.levels - 1
         c = widths[0]
         self.input_blocks = nn.ModuleList([_Blocks([conv(in_channels, c, 3, padding=1)])])
+        row: list[nn.Module]
         skips = [c]
         for level in range(self.levels):
             for _ in range(blocks):

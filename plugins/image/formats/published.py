@@ -7,13 +7,13 @@ the releases' own scripts and configuration files.
 from collections.abc import Mapping
 from typing import Any
 
-_PIXELS = {"axes": 2, "in_channels": 3, "out_channels": 3}
-_LEARNED_VARIANCE = {**_PIXELS, "out_channels": 6}
-_LINEAR = {"name": "linear"}
+_PIXELS: dict[str, Any] = {"axes": 2, "in_channels": 3, "out_channels": 3}
+_LEARNED_VARIANCE: dict[str, Any] = {**_PIXELS, "out_channels": 6}
+_LINEAR: dict[str, Any] = {"name": "linear"}
 
 # --- DDPM (Ho et al., 2020): github.com/hojonathanho/diffusion, as PyTorch in github.com/ermongroup/ddim
 
-_HO = {
+_HO: dict[str, Any] = {
     **_PIXELS,
     "channels": 128,
     "heads": 1,
@@ -22,7 +22,7 @@ _HO = {
     "sine_first": True,
     "frequency_shift": 1,
 }
-_HO_256 = {**_HO, "multipliers": [1, 1, 2, 2, 4, 4], "attention": [4]}
+_HO_256: dict[str, Any] = {**_HO, "multipliers": [1, 1, 2, 2, 4, 4], "attention": [4]}
 
 
 def _ddpm(size: int, **unet: Any) -> dict[str, Any]:
@@ -34,8 +34,14 @@ def _ddpm(size: int, **unet: Any) -> dict[str, Any]:
 
 # --- Improved DDPM (Nichol and Dhariwal, 2021): github.com/openai/improved-diffusion
 
-_IMPROVED = {**_LEARNED_VARIANCE, "channels": 128, "blocks": 3, "heads": 4, "scale_shift": True}
-_IMPROVED_64 = {**_IMPROVED, "multipliers": [1, 2, 3, 4], "attention": [2, 3]}
+_IMPROVED: dict[str, Any] = {
+    **_LEARNED_VARIANCE,
+    "channels": 128,
+    "blocks": 3,
+    "heads": 4,
+    "scale_shift": True,
+}
+_IMPROVED_64: dict[str, Any] = {**_IMPROVED, "multipliers": [1, 2, 3, 4], "attention": [2, 3]}
 
 
 def _improved(size: int, schedule: Mapping[str, Any], **unet: Any) -> dict[str, Any]:
@@ -52,9 +58,14 @@ def _improved(size: int, schedule: Mapping[str, Any], **unet: Any) -> dict[str, 
 
 # --- ADM (Dhariwal and Nichol, 2021): github.com/openai/guided-diffusion
 
-_ADM = {**_LEARNED_VARIANCE, "channels": 256, "scale_shift": True, "resample_residual": True}
-_ADM_256 = {**_ADM, "multipliers": [1, 1, 2, 2, 4, 4], "attention": [3, 4, 5]}
-_ADM_UP = {**_ADM_256, "in_channels": 6, "channels": 192, "classes": 1000}
+_ADM: dict[str, Any] = {
+    **_LEARNED_VARIANCE,
+    "channels": 256,
+    "scale_shift": True,
+    "resample_residual": True,
+}
+_ADM_256: dict[str, Any] = {**_ADM, "multipliers": [1, 1, 2, 2, 4, 4], "attention": [3, 4, 5]}
+_ADM_UP: dict[str, Any] = {**_ADM_256, "in_channels": 6, "channels": 192, "classes": 1000}
 
 
 def _adm(
@@ -75,11 +86,16 @@ def _adm(
 
 # --- Stable Diffusion (Rombach et al., 2022; Podell et al., 2023): the files of CompVis and Stability AI
 
-_LATENT = {"axes": 2, "in_channels": 4, "out_channels": 4, "transformer": True}
-_SD = {**_LATENT, "channels": 320, "multipliers": [1, 2, 4, 4], "attention": [0, 1, 2]}
-_SD_1 = {**_SD, "heads": 8, "context": 768}
-_SD_2 = {**_SD, "head_width": 64, "context": 1024}
-_SDXL = {**_LATENT, "attention": [1, 2], "head_width": 64, "vector_added": True}
+_LATENT: dict[str, Any] = {"axes": 2, "in_channels": 4, "out_channels": 4, "transformer": True}
+_SD: dict[str, Any] = {
+    **_LATENT,
+    "channels": 320,
+    "multipliers": [1, 2, 4, 4],
+    "attention": [0, 1, 2],
+}
+_SD_1: dict[str, Any] = {**_SD, "heads": 8, "context": 768}
+_SD_2: dict[str, Any] = {**_SD, "head_width": 64, "context": 1024}
+_SDXL: dict[str, Any] = {**_LATENT, "attention": [1, 2], "head_width": 64, "vector_added": True}
 
 
 def _stable(
@@ -182,8 +198,8 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         vector=2560,
     ),
 }
-"""Name -> layout of the original file, and `config` as `ddpm.build` or `stable_diffusion.build` takes it. The latter has
-to be told of a text encoder; networks with a vector, or with more input channels than latents, want those as well.
+"""Name -> layout of the original file, and `config` as `ddpm.build` or `stable_diffusion.build` takes it. The latter
+has to be told of a text encoder; networks with a vector, or with more input channels than latents, want those as well.
 
 The layout "stable-diffusion" is that of a file with several networks, which `single_file` takes apart.
 """
