@@ -513,8 +513,8 @@ def find(target: str, models: Registry) -> Recipe:
             plugin, _, short = models.resolve(target).id.partition("/")
         else:
             raise MissingError(
-                f"no recipe {target!r}{nearest(target, [*host.names(), *models.cards])} "
-                "Give a .toml file, a modality, plugin/recipe or the folder of a run"
+                f"no recipe {target!r} (a .toml file, a modality, plugin/recipe, or the folder of a "
+                f"run){nearest(target, [*host.names(), *models.cards])}"
             )
     host.record(plugin)
     recipes = host.offers(plugin, "recipes")

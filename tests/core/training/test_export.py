@@ -340,7 +340,7 @@ def test_what_train_refuses(toy, numbers, tmp_path, capsys, monkeypatch):
         (["train", "toy", "--steps", "5", "--out", "x"], 2, "--data FOLDER"),
         (["train", "endless.toml"], 2, "how long? give --steps or --minutes"),
         (["train", "toy", "--set", "optimizer.rte=1"], 2, "did you mean 'rate'?"),
-        (["train", "tiy"], 3, "no recipe 'tiy'; did you mean 'toy'?"),
+        (["train", "tiy"], 3, "run); did you mean 'toy'?"),
         (["train", "export", "nothing", "--to", "x"], 3, "nothing is no run"),
         (["train", "toy", "--minutes", "0"], 2, "budget: minutes is 0.0, it has to be above 0"),
     ]:

@@ -284,7 +284,7 @@ def test_a_model_means_the_recipe_of_its_name(toy_site, toy_registry):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("toi", r"no recipe 'toi'; did you mean 'toy'\? Give a .toml file, a modality"),
+        ("toi", r"no recipe 'toi' \(a .toml file, .* or the folder of a run\); did you mean 'toy'\?"),
         ("toy/defualt", "plugin 'toy' has no recipe 'defualt'; did you mean 'default'"),
         ("tory/default", "no plugin 'tory' is installed"),
         ("free", "plugin 'toy' has no recipe 'free'; known: default"),
