@@ -300,8 +300,12 @@ def concepts(names: Path, keywords: Path, dictionary: Path) -> dict[str, Concept
 
 
 UNWANTED = frozenset(
-    _listed("button, symbol, sign, unicode, emoji, picture, object, mac, nature, item, uncool")
+    _listed("""
+    button, symbol, sign, unicode, emoji, picture, object, mac, nature, item, uncool, nct, shipit, shit, shitface, turd,
+    crap, sexual, sexy, molester, terrorism, mansplaining, butt, arab, arabs, sikh, indian, hinduism
+    """)
 )
+"""Look-up words that say nothing of what is to be seen, or that nobody should be given."""
 
 
 def _useful(words: list[str], name: str) -> Iterator[str]:
@@ -341,7 +345,8 @@ MISLEADING = frozenset(
 """Names whose commonest sense in WordNet is not what is drawn, or is told in a way that nobody would use."""
 UNWANTED_SYNONYMS = frozenset(
     _listed("""
-    cock, tup, can, lav, os, pes, lingua, glossa, oculus, optic, oral fissure, rima oris, oral cavity, wood pussy, mill,
+    cock, fag, domestic ass,
+    tup, can, lav, os, pes, lingua, glossa, oculus, optic, oral fissure, rima oris, oral cavity, wood pussy, mill,
     hob, gremlin, top, file, machine, wheel, horn, trump, butt, coffin nail, asphyxiator, taper, bullet, vent, sinker,
     ground tackle, lamia, justice, minor, granger, hack, pike, ticker, murphy, sticker, tec, hooter, bowl, bag, babe,
     hoop, projectile, match, cut, staff of life, emmet, pismire, palace, tabernacle, killer, coach, vehicle
