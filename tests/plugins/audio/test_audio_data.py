@@ -11,7 +11,7 @@ import soundfile
 
 from mdiff.core import data
 from mdiff.core.errors import MissingError
-from mdiff.plugins.audio.data import recipe
+from mdiff.plugins.audio.data import classifier, recipe
 from mdiff.plugins.audio.data.captions import WORDINGS, Clip, from_row, plain
 from mdiff.plugins.audio.data.instruments import DRUMS, HIGHEST, INSTRUMENTS, LOWEST, PATTERNS
 from mdiff.plugins.audio.data.recordings import catalogue, clips
@@ -26,6 +26,7 @@ from mdiff.plugins.audio.data.soundfont import (
     resample,
     score,
 )
+from mdiff.plugins.audio.metrics import load_classifier
 
 PLAN = recipe.plan()
 NOTES = [clip for clip in PLAN if clip.kind == "note"]
@@ -180,8 +181,10 @@ def test_the_licence_page_counts_every_clip() -> None:
     assert f"| fluid-soundfont-gm | MIT | {len(PLAN)} |" in page
 
 
-def test_what_is_built_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = [PLAN[0], *(clip for clip in NOTES if clip.split == "held_out")][:3]
+def test_what_is_built_is_read_back_and_trains_the_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = [PLAN[0], PLAN[1], next(clip for clip in NOTES if clip.split == "held_out")]
     built.append(
         Clip(kind="effect", name="@ cow mooing", source="openttd-opensfx", licence="CC0-1.0")
     )
@@ -196,7 +199,7 @@ def test_what_is_built_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "00003-a-cow-mooing.flac",
     ]
     assert [from_row({**example.facts, "split": example.split}) for example in read] == built
-    assert [example.split for example in read] == ["train", "held_out", "held_out", "train"]
+    assert [example.split for example in read] == ["train", "train", "held_out", "train"]
     assert [example.label for example in read] == [*["grand piano"] * 3, None]
     for row, (example, wave) in enumerate(zip(read, waves, strict=True)):
         assert example.texts == tuple(recipe.wordings(built[row], row))
@@ -206,6 +209,10 @@ def test_what_is_built_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert rate == RATE
         assert np.array_equal(pcm, recipe.to_pcm(wave))
     assert "| openttd-opensfx | CC0-1.0 | 1 |" in (tmp_path / "LICENSES.md").read_text()
+
+    path = tmp_path / "classifier.safetensors"
+    assert classifier.main(["--data", str(tmp_path), "--out", str(path), "--epochs", "1"]) == 0
+    assert load_classifier(path).names == tuple(INSTRUMENTS)
 
 
 def test_a_package_that_holds_something_else_is_named(tmp_path: Path) -> None:
