@@ -411,7 +411,8 @@ def test_a_strangers_package_runs_and_again_makes_the_same_bytes(toy_files, tmp_
 LIGHT = """
 import sys
 from mdiff.cli import main
-for command in (["--help"], ["run", "--help"], ["models"], ["plugins"]):
+helps = (["--help"], ["run", "--help"], ["train", "--help"], ["train", "export", "--help"])
+for command in (*helps, ["models"], ["plugins"]):
     assert main(command) == 0
 heavy = [m for m in sys.modules if m == "torch" or m.startswith(("mdiff.plugins.", "mdiff_toy"))]
 print("heavy:", heavy)

@@ -102,6 +102,7 @@ def _facts(run: Path, recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
     lines = [line for line in log.read(run / log.NAME) if line["step"] <= checkpoint.step]
     found = {
         "steps": checkpoint.step,
+        "began_with": facts.get("init"),
         "samples": facts.get("samples"),
         "minutes": round(facts["seconds"] / 60, 1) if "seconds" in facts else None,
         "final_loss": lines[-1]["loss"] if lines else None,
@@ -281,6 +282,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         for file in aside.iterdir():
+            file.chmod(0o644)  # safetensors files come out readable by their owner alone
             record.flush(file)
         aside.replace(folder)
         record.flush(folder.parent)
@@ -309,6 +311,7 @@ def _readme(card: ModelCard, recipe: Recipe, folder: Path, missing: Sequence[str
     started = recipe.model and f" Its architecture is that of {recipe.model}."
     trained = [
         f"Its {recipe.part!r} was trained for {facts['steps']} steps",
+        f"from the weights of {facts['began_with']} on" if "began_with" in facts else "",
         f"{facts['samples']} samples" if "samples" in facts else "",
         f"{facts['minutes']} minutes" if "minutes" in facts else "",
         f"to a loss of {facts['final_loss']}" if "final_loss" in facts else "",

@@ -125,6 +125,7 @@ def test_an_export_is_a_model_by_itself(toy_registry, tmp_path, capsys):
     # the recipe in it is the recipe, but for the place of the data
     block = page.split("```toml\n")[1].split("```")[0]
     assert recipes.from_table(tomllib.loads(block)) == RECIPE
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "to").iterdir())
     assert str(tmp_path) not in page + (tmp_path / "to" / "registry.toml").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers", "run", "to"]
 
@@ -255,6 +256,15 @@ def test_a_part_without_weights_is_told(toy_site, toy_registry, tmp_path, capsys
     assert "No weights are here for: coder." in (tmp_path / "to" / "README.md").read_text()
     assert cli.main(["train", "export", str(run), "--to", str(tmp_path / "two")]) == 0
     assert "no weights for coder" in capsys.readouterr().err
+
+
+def test_what_a_training_began_with_is_told(toy_registry, tmp_path, monkeypatch):
+    monkeypatch.setitem(FACTS, "init", "toy/free")
+    run = fabricate(tmp_path / "run", toy_registry)
+    made = export(run, tmp_path / "to", toy_registry.host)
+    assert made.card.measured["began_with"] == "toy/free"
+    page = (tmp_path / "to" / "README.md").read_text()
+    assert "trained for 10 steps, from the weights of toy/free on, 80 samples" in page
 
 
 # --- on the command line --------------------------------------------------------------------------
