@@ -201,8 +201,8 @@ def _flatten(
 ) -> None:
     """Lets an optimizer of matrices (O, I ...) train kernels (O, I, ...).
 
-    Both lie in the same memory where a kernel is contiguous. The gradient is handed over when the optimizer steps: a
-    hook on the gradient itself would run before it is clipped and before DDP has averaged it.
+    The gradient is handed over when the optimizer steps. A hook on the gradient itself has it before it is clipped and
+    averaged over processes, and sees no more of it where the matrix is a copy: channels_last kernels, shards of FSDP.
     """
 
     def before(*_: Any) -> None:

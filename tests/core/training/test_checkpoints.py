@@ -47,7 +47,7 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
     assert found is not None and found.step == 20 and found.facts == FACTS
     for name, wanted in tensors(20).items():
         got = found.read(name)
-        assert list(got) == sorted(wanted)
+        assert got.keys() == wanted.keys()
         assert all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in wanted.items())
     assert names(found.path) == [
         "average-0.999.safetensors",
@@ -252,7 +252,7 @@ def test_killed_at_any_moment_it_loses_nothing_that_was_said_to_be_saved(tmp_pat
         assert found is not None and found.facts["cursor"] == found.step
         assert found.step >= max(told, default=0)
         assert found.read("model")["w"].unique().tolist() == [found.step]
-    save(tmp_path, found.step + 1, {}, {}, keep=2)
+    save(tmp_path, 10**6, {}, {}, keep=2)
     assert len(names(tmp_path)) == 2
 
 
