@@ -1,5 +1,6 @@
 """How the parts of the image systems are trained: a task for each, and its settings, a recipe's table [task]."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +33,15 @@ def mirrored(x: Tensor, which: Tensor) -> Tensor:
     return torch.where(which.reshape(-1, 1, 1, 1), x.flip(-1), x)
 
 
+def _within(settings: Any, **bounds: tuple[float, float]) -> None:
+    """Raises a UsageError for the first of the settings that lies outside its bounds."""
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            right = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+            raise UsageError(f"[task]: {name} is {value}, it has to be {right}")
+
+
 # --- DDPM -----------------------------------------------------------------------------------------
 
 
@@ -46,6 +56,9 @@ class DDPMSettings:
 
     flip: bool = True
     drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        _within(self, drop=(0, 1))
 
 
 def ddpm_task(card: ModelCard, model: Model, settings: DDPMSettings) -> Task:
@@ -99,6 +112,9 @@ class AutoencoderSettings:
     edges: float = 1.0
     kl: float = 1e-4
     unit: float = 0.01
+
+    def __post_init__(self) -> None:
+        _within(self, edges=(0, math.inf), kl=(0, math.inf), unit=(0, math.inf))
 
 
 SCALES = 4
@@ -164,8 +180,7 @@ class LatentSettings:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.wordings < 1:
-            raise UsageError(f"task: wordings is {self.wordings}, it has to be 1 or more")
+        _within(self, wordings=(1, math.inf), drop=(0, 1))
 
 
 def spread(texts: Sequence[str], count: int) -> list[str]:
