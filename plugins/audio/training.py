@@ -193,7 +193,7 @@ def _crop(draws: Draws, frames: int, whole: int, step: int = 1) -> slice:
 
 @contextmanager
 def _frozen(device: torch.device) -> Iterator[None]:
-    """For parts that are not trained: no gradient, and full precision."""
+    """For what is not trained, parts and spectra: no gradient, and full precision."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -345,12 +345,13 @@ def vocoder(card: ModelCard, model: Model, settings: Settings) -> Task:
         wave = from_pcm(rows["wave"][:, crop.start * HOP : crop.stop * HOP])
         # drawn in both kinds of step, so that what is drawn next is the same
         factor = 0.92 + 0.16 * draws.one(1_000_000) / 1_000_000
-        if draws.step % 2:
-            target = magnitude(wave)
-            mel = rows["decoded"][..., crop].float()
-        else:
-            target = magnitude(bent(wave, factor))
-            mel = to_log_mel(target)
+        with _frozen(wave.device):
+            if draws.step % 2:
+                target = magnitude(wave)
+                mel = rows["decoded"][..., crop].float()
+            else:
+                target = magnitude(bent(wave, factor))
+                mel = to_log_mel(target)
         gain = _gain(draws)
         mel, target = mel + gain, target * gain.exp()
         # the ends of a crop are reflections, which the whole sound does not have
@@ -465,7 +466,8 @@ def diffwave(card: ModelCard, model: Model, settings: DiffWaveSettings) -> Task:
             "label": lambda: {"label": rows["label"]},
             "mel": lambda: {"mel": log_mel(wave)},
         }
-        return wave[:, None], given[takes]()
+        with _frozen(wave.device):
+            return wave[:, None], given[takes]()
 
     return Task(
         module=net,

@@ -250,6 +250,20 @@ def test_the_gradient_reaches_what_is_trained_and_nothing_else(
             assert all(p.grad is None for p in module.parameters())
 
 
+def test_conditions_are_made_in_full_precision(sounds: list[Example]) -> None:
+    for name in ("unet", "diffwave of a mel"):
+        found = []
+        for precision in (False, True):
+            _, task = case(name)
+            assert task.batch is not None
+            table = rows(task, sounds)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision):
+                found.append(task.batch(table, Draws.of(0, 1, 4)))
+        (x0, cond), (other_x0, other_cond) = found
+        assert torch.equal(x0, other_x0)
+        assert all(torch.equal(cond[key], other_cond[key]) for key in cond)
+
+
 def test_a_contrast_needs_its_whole_batch(sounds: list[Example]) -> None:
     _, task = case("joint")
     with pytest.raises(UsageError, match=r"--set batch\.micro=0"):
