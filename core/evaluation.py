@@ -67,6 +67,8 @@ class Figure:
         low, high: the 95 % interval.
         samples: rows that it was computed of.
         real: what real data gets, of `real_samples` files.
+        alike: what as few samples get against as few files, where `real` is one half of the files against the other:
+            figures of sets that differ in size do not compare.
         warning: why it is not to be relied on; empty otherwise.
     """
 
@@ -77,6 +79,7 @@ class Figure:
     samples: int
     real: float | None
     real_samples: int
+    alike: float | None
     better: str
     summary: str
     warning: str = ""
@@ -477,14 +480,16 @@ def judge(
             warning = "" if value is not None else "not a finite number"
             resampled[metric_name] = resample(metric, rows, against, value, seed)
         low, high = interval(resampled[metric_name])
+        beside, alike = _beside(metric, rows, theirs, against)
         figures[metric_name] = Figure(
             metric=metric_name,
             value=value,
             low=low,
             high=high,
             samples=len(rows),
-            real=_real(metric, theirs, against),
+            real=beside,
             real_samples=len(theirs),
+            alike=alike,
             better=metric.better,
             summary=metric.summary,
             warning=warning,
@@ -512,7 +517,8 @@ def resample(metric: Metric, rows: Rows, reference: Rows, value: float | None, s
     picks = (draw.permutation(len(rows))[:half] for _ in range(RESAMPLED_SETS))
     scores = np.array([metric.score(rows[pick], reference) for pick in picks])
     # The spread of halves without replacement is sqrt((N - half) / half) of the whole's: 1 for an even N.
-    return value + (scores - scores.mean()) * math.sqrt(half / (len(rows) - half))
+    spread = (scores - scores.mean()) * math.sqrt(half / (len(rows) - half))
+    return np.maximum(value + spread, 0.0 if scores.min() >= 0 else -np.inf)
 
 
 def interval(scores: Rows) -> tuple[float | None, float | None]:
@@ -535,16 +541,23 @@ def differences(first: Judged, second: Judged) -> Iterator[Difference]:
             yield Difference(metric=name, value=one.value - other.value, low=low, high=high)
 
 
-def _real(metric: Metric, theirs: Rows, against: Rows) -> float | None:
-    """What real data gets: as samples would, against training data, or one half against the other."""
-    if metric.reference == "held_out":
-        order = np.random.default_rng(0).permutation(len(theirs))
-        theirs, against = theirs[order[::2]], theirs[order[1::2]]
-    if len(theirs) < max(1, metric.least // 2):
-        return None
-    if metric.reference is not None and len(against) < max(1, metric.least // 2):
-        return None
-    return _number(metric.score(theirs, against))
+def _beside(
+    metric: Metric, rows: Rows, theirs: Rows, against: Rows
+) -> tuple[float | None, float | None]:
+    """What real data gets: as samples would, against training files, or one half against the other; and what as few
+    samples get against that half.
+    """
+    few = max(1, metric.least // 2)
+    if metric.reference != "held_out":
+        enough = len(theirs) >= few and (metric.reference is None or len(against) >= few)
+        return _number(metric.score(theirs, against)) if enough else None, None
+    order = np.random.default_rng(0).permutation(len(theirs))
+    one, other = theirs[order[::2]], theirs[order[1::2]]
+    if min(len(one), len(other)) < few:
+        return None, None
+    # Samples are in shuffled order, so the first of them are any.
+    alike = _number(metric.score(rows[: len(one)], other)) if len(rows) >= len(one) else None
+    return _number(metric.score(one, other)), alike
 
 
 def _number(value: float) -> float | None:
@@ -589,7 +602,8 @@ def table(result: Evaluation) -> list[tuple[str, ...]]:
             gap = apart.get(name)
             cells.append(_told(result.judged[1].figures[name].value))
             cells.append(f"{gap.value:+.3g} ({_span(gap.low, gap.high)})" if gap else "-")
-        cells += [_told(figure.real), str(figure.samples)]
+        halves = "" if figure.alike is None else f" (halves; here {_told(figure.alike)})"
+        cells += [_told(figure.real) + halves, str(figure.samples)]
         lines.append((*cells, figure.warning or figure.summary))
     return lines
 

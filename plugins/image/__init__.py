@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdiff.core.errors import UsageError, nearest
-from mdiff.core.hooks import API, Media, Model, ModelCard, PluginInfo, Task, hookimpl
+from mdiff.core.hooks import API, Media, Metric, Model, ModelCard, PluginInfo, Task, hookimpl
 from mdiff.plugins.image import io
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ def mdiff_train(card: ModelCard, model: Model, part: str, settings: Mapping[str,
 @hookimpl
 def mdiff_recipes() -> Mapping[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
+
+
+@hookimpl
+def mdiff_metrics() -> Mapping[str, Callable[[], Metric]]:
+    from mdiff.plugins.image import metrics
+
+    return metrics.METRICS
 
 
 @hookimpl

@@ -282,7 +282,8 @@ def test_each_kind_of_reference_gets_its_rows(toy_registry, metrics, folder, tmp
     assert seen["alone"][0] == (4, []) and figures["toy/alone"].real == 0.0
     assert seen["held"][0] == (4, [0.0, 1.0, 2.0, 3.0])
     # real data: one half of what is held out against the other, and what is held out against the training files
-    assert figures["toy/held"].real == 2.0
+    assert (figures["toy/held"].real, figures["toy/held"].alike) == (2.0, 2.0)
+    assert figures["toy/alone"].alike is None and figures["toy/train"].alike is None
     assert seen["train"][0] == (4, [4.0, 5.0]) and (4, [4.0, 5.0]) in seen["train"][1:]
     many = figures["toy/many"]
     assert (many.value, many.low) == (None, None) and many.warning == "needs 5 samples and has 4"
