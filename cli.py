@@ -467,7 +467,7 @@ def train(
         return
     if recipe.budget == recipes.Budget():
         raise UsageError("how long? give --steps or --minutes, or a [budget] in the recipe")
-    own = Path(target) if (Path(target) / recipes.NAME).is_file() else None
+    own = Path(target) if recipes.is_run(target, registry) else None
     out = out or own or Path("runs") / recipes.slug(recipe.name)
     log = Log(
         out,
@@ -482,7 +482,7 @@ def train(
             training.start(recipe, models=registry, out=out, init=init, resume=resume, log=log)
         except KeyboardInterrupt:
             if (out / recipes.NAME).is_file():
-                log.say(f"to go on: mdiff train {shlex.quote(str(out))} --resume")
+                log.say(f"to go on: mdiff train {_folder(out)} --resume")
             raise
     if not (as_json or silent):
         click.echo(str(out))
@@ -514,11 +514,16 @@ def export(run: Path, *, to: Path, quiet: bool, **choices: Any) -> None:
     if made.missing:
         say(f"it has no weights for {', '.join(made.missing)}, and does not run without them")
     else:
-        say(f"to run it: mdiff run {shlex.quote(str(to))}")
+        say(f"to run it: mdiff run {_folder(to)}")
     click.echo(str(to))
 
 
 _WithCommands.below["export"] = export
+
+
+def _folder(path: Path) -> str:
+    """A folder as an argument that is not taken for the name of a model."""
+    return shlex.quote(str(path) if len(path.parts) > 1 else f"./{path}")
 
 
 @cli.group()

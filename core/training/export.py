@@ -337,7 +337,7 @@ def _readme(card: ModelCard, recipe: Recipe, folder: Path, missing: Sequence[str
             "",
             "## Run it",
             "",
-            lacks if missing else f"```sh\nmdiff run {folder.name}{text}\n```",
+            lacks if missing else f"```sh\nmdiff run ./{folder.name}{text}\n```",
             "",
             "## Training",
             "",

@@ -277,7 +277,7 @@ def check_same(old: Recipe, new: Recipe) -> None:
 
 
 def digest(recipe: Recipe) -> str:
-    """sha256 of what a recipe computes: equal where nothing is `changed`."""
+    """sha256 of all that decides what a recipe computes: of everything but what is `FREE`."""
     return hashlib.sha256(json.dumps(_binding(recipe), sort_keys=True).encode()).hexdigest()
 
 
@@ -298,7 +298,8 @@ def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in table.items():
         key = f"{path}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+        inside = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{key}.") if inside else {key: value}
     return found
 
 
@@ -457,14 +458,14 @@ _TYPES: Mapping[Any, tuple[tuple[type, ...], str]] = {
 
 
 def _plain(value: Any) -> Any:
-    """Tables and lists instead of dataclasses and tuples; without None and without empty tables."""
+    """Tables and lists instead of dataclasses and tuples; without fields that are None or an empty table."""
     if is_dataclass(value):
         others = _others(type(value))
-        pairs = {f.name: getattr(value, f.name) for f in fields(value)}
-        value = pairs | (pairs.pop(others.name) if others is not None else {})
+        pairs = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        further = pairs.pop(others.name) if others is not None else {}
+        return {name: inner for name, inner in pairs.items() if inner not in (None, {})} | further
     if isinstance(value, Mapping):
-        plain = {name: _plain(inner) for name, inner in value.items() if inner is not None}
-        return {name: inner for name, inner in plain.items() if inner != {}}
+        return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
@@ -488,40 +489,51 @@ def _is_dataclass(hint: Any) -> TypeGuard[type]:
 
 
 def find(target: str, models: Registry) -> Recipe:
-    """The recipe that a name means: a file, the folder of a run, `plugin/recipe`, a model that has one of its name, or
-    a plugin or a modality, for the recipe "default".
+    """The recipe that a name means: a file, `plugin/recipe`, a plugin or a modality (for its recipe "default"), a model
+    that has a recipe of its name, or the folder of a run.
 
     Raises:
         MissingError: there is none; the message names the nearest.
         UsageError: the recipe is wrong, or the name means several.
     """
-    path = Path(target)
     if target.endswith(".toml"):
-        return read(path)
-    if (path / NAME).is_file():
-        return read(path / NAME)
-    host = models.host
-    plugin, slash, short = target.partition("/")
-    if not slash:
-        makers = {card.plugin for card in models.cards.values() if card.modality == target}
-        named = [id for id in models.cards if id.split("/")[1] == target]
-        if target in host.names():
-            short = "default"
-        elif len(makers) == 1:
-            plugin, short = makers.pop(), "default"
-        elif named:
-            plugin, _, short = models.resolve(target).id.partition("/")
-        else:
-            raise MissingError(
-                f"no recipe {target!r} (a .toml file, a modality, plugin/recipe, or the folder of a "
-                f"run){nearest(target, [*host.names(), *models.cards])}"
-            )
-    host.record(plugin)
+        return read(Path(target))
+    host, named = models.host, _named(target, models)
+    if is_run(target, models):
+        return read(Path(target) / NAME)
+    if named is None:
+        raise MissingError(
+            f"no recipe {target!r} (a .toml file, a modality, plugin/recipe, or the folder of a "
+            f"run){nearest(target, [*host.names(), *models.cards])}"
+        )
+    plugin, short = named
     recipes = host.offers(plugin, "recipes")
     if short not in recipes:
         raise MissingError(f"plugin {plugin!r} has no recipe {short!r}{nearest(short, recipes)}")
     recipe = read(recipes[short])
     return replace(recipe, name=plugin) if recipe.name == "default" else recipe
+
+
+def is_run(target: str, models: Registry) -> bool:
+    """Whether a target is the folder of a run, and nothing else by that name: `./audio` always is a folder."""
+    return (Path(target) / NAME).is_file() and _named(target, models) is None
+
+
+def _named(target: str, models: Registry) -> tuple[str, str] | None:
+    """The plugin and the recipe that a name stands for; None where it stands for nothing that is installed."""
+    installed = {record.name for record in models.host.records}
+    plugin, slash, short = target.partition("/")
+    if slash:
+        return (plugin, short) if plugin in installed else None
+    if target in installed:
+        return target, "default"
+    makers = {card.plugin for card in models.cards.values() if card.modality == target}
+    if len(makers) == 1:
+        return makers.pop(), "default"
+    if any(id.split("/")[1] == target for id in models.cards):
+        plugin, _, short = models.resolve(target).id.partition("/")
+        return plugin, short
+    return None
 
 
 def card_of(recipe: Recipe, models: Registry) -> ModelCard:

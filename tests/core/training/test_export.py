@@ -121,7 +121,7 @@ def test_an_export_is_a_model_by_itself(toy_registry, tmp_path, capsys):
     )
     assert "trained for 10 steps, 80 samples, 1.5 minutes, to a loss of 0.25." in page
     assert "Data: `numbers`, 7 rows; their licences are in [LICENSES.md](LICENSES.md)." in page
-    assert '```sh\nmdiff run to --text "..."\n```' in page and "| licence | CC0-1.0 |" in page
+    assert '```sh\nmdiff run ./to --text "..."\n```' in page and "| licence | CC0-1.0 |" in page
     # the recipe in it is the recipe, but for the place of the data
     block = page.split("```toml\n")[1].split("```")[0]
     assert recipes.from_table(tomllib.loads(block)) == RECIPE
@@ -312,7 +312,7 @@ def test_from_a_folder_to_a_model_in_four_commands(toy, numbers, tmp_path, capsy
     assert cli.main(made) == 0
     assert cli.main(["train", "export", "runs/toy", "--to", "model", "--precision", "fp32"]) == 0
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == "model" and "to run it: mdiff run model" in said.err
+    assert said.out.splitlines()[-1] == "model" and "to run it: mdiff run ./model" in said.err
     made = [
         "run",
         "model",
@@ -383,7 +383,7 @@ def test_ctrl_c_says_how_to_go_on(toy, numbers, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", "toy", "--data", "numbers", "--out", "my run"]) == 130
     said = capsys.readouterr().err.split("\n")
     assert [line for line in said if line] == [
-        "to go on: mdiff train 'my run' --resume",
+        "to go on: mdiff train './my run' --resume",
         "mdiff: interrupted",
     ]
     # before there is a run, there is nothing to go on with

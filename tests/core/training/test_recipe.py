@@ -30,7 +30,7 @@ FULL = Recipe(
     part="net",
     config={"unet": {"channels": 16}, "odd key": 'a "quoted"\tline\n\x7f é'},
     parts={"autoencoder": "toy/gauss"},
-    task={"drop": 0.1, "favour": {"low": 2}, "rows": [{"a": 1}, {"a": [True, 1e-7]}]},
+    task={"drop": 0.1, "favour": {"low": 2}, "none": {}, "rows": [{"a": 1}, {"a": [True, 1e-7]}]},
     data=Data(folder=Path("some/where"), split="all"),
     loss=Named(name="min_snr", parameters={"gamma": 5}),
     times=Named(name="uniform"),
@@ -229,6 +229,8 @@ def test_what_binds_a_run_and_what_may_change():
         "average.decays": "[0.5]",
         "data.split": "train",
         "card.system": "x",
+        "task.none": "1",
+        "task.more": "{}",
     }
     for key, value in bound.items():
         changed = recipes.overridden(FULL, [f"{key}={value}"])
@@ -272,6 +274,18 @@ def test_a_recipe_is_found_by_each_of_its_names(toy_registry, tmp_path):
     assert [name for name, _ in recipes.listed(toy_registry)] == ["toy/default"]
 
 
+def test_a_name_means_what_is_installed_before_it_means_a_folder(
+    toy_registry, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("toy", "mine"):
+        Path(folder).mkdir()
+        Path(folder, "recipe.toml").write_text(recipes.to_toml(FULL))
+    assert recipes.find("toy", toy_registry).model == "toy/gauss"
+    assert not recipes.is_run("toy", toy_registry) and recipes.is_run("./toy", toy_registry)
+    assert recipes.find("./toy", toy_registry) == recipes.find("mine", toy_registry) == FULL
+
+
 def test_a_model_means_the_recipe_of_its_name(toy_site, toy_registry):
     package = toy_site / "mdiff_toy"
     text = (package / "__init__.py").read_text()
@@ -284,9 +298,12 @@ def test_a_model_means_the_recipe_of_its_name(toy_site, toy_registry):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("toi", r"no recipe 'toi' \(a .toml file, .* or the folder of a run\); did you mean 'toy'\?"),
+        (
+            "toi",
+            r"no recipe 'toi' \(a .toml file, .* or the folder of a run\); did you mean 'toy'\?",
+        ),
         ("toy/defualt", "plugin 'toy' has no recipe 'defualt'; did you mean 'default'"),
-        ("tory/default", "no plugin 'tory' is installed"),
+        ("tory/default", r"no recipe 'tory/default' .*; did you mean 'toy"),
         ("free", "plugin 'toy' has no recipe 'free'; known: default"),
         ("a/b.toml", "no recipe 'a/b.toml': No such file"),
     ],
