@@ -54,6 +54,11 @@ def denoiser(card: ModelCard, unet: UNet) -> Denoiser:
     )
 
 
+def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in the order of their labels; their numbers where the config names none."""
+    return tuple(config.get("classes") or map(str, range(config["unet"].get("classes") or 0)))
+
+
 def label_of(name: str | None, classes: tuple[str, ...], labels: int) -> int:
     """The label of a class; that of any picture, which comes after the classes, where none is named.
 
@@ -80,16 +85,15 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         predicts, time, learned_variance: of the `Denoiser`; "index" and false where not said.
         schedule: the name of one of the core's, and its parameters.
         clip: x0 is cut off at [-1, 1] while sampling, true where not said.
-        classes: names of classes, in the order of their labels.
-        unet: arguments of the network.
+        classes: names of classes, in the order of their labels; numbers where not said.
+        unet: arguments of the network. With one label more than classes it knows pictures of no class too.
     """
     config = card.config
     unet = UNet(**config["unet"]).to(device, dtype)
     denoise: Denoise = denoiser(card, unet)
     if config.get("clip", True):
         denoise = clamp(denoise)
-    classes = tuple(config.get("classes", ()))
-    labels = config["unet"].get("classes", 0)
+    classes, labels = classes_of(config), config["unet"].get("classes")
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
         shape = (config["unet"]["in_channels"], *size_of(request, config, unet.factor))

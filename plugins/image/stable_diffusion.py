@@ -42,7 +42,6 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     encoder = text_encoder(config["text_encoder"])
     unet = UNet(**config["unet"]).to(device, dtype)
     autoencoder = AutoencoderKL(**config["autoencoder"]).to(device)
-    shrink = 2 ** (len(config["autoencoder"]["multipliers"]) - 1)
     channels = config["unet"]["in_channels"]
 
     def read(text: str | None) -> dict[str, Tensor]:
@@ -50,9 +49,9 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         return {"context": token_states(encoder, [text or ""], config["tokens"]).to(device, dtype)}
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
-        height, width = size_of(request, config, shrink * unet.factor)
+        height, width = size_of(request, config, autoencoder.factor * unet.factor)
         return Problem(
-            shape=(channels, height // shrink, width // shrink),
+            shape=(channels, height // autoencoder.factor, width // autoencoder.factor),
             cond=read(request.text),
             uncond=read(request.negative),
         )

@@ -16,7 +16,7 @@ from mdiff.core.nn.unet import UNet
 from mdiff.core.training import recipe
 from mdiff.core.training.draws import Draws
 from mdiff.plugins.image import io
-from mdiff.plugins.image.ddpm import denoiser, label_of, to_signed
+from mdiff.plugins.image.ddpm import classes_of, denoiser, label_of, to_signed
 from mdiff.plugins.image.stable_diffusion import token_states
 
 Rows = Mapping[str, Tensor]
@@ -66,7 +66,7 @@ def ddpm_task(card: ModelCard, model: Model, settings: DDPMSettings) -> Task:
     config = card.config
     unet = _part(model, "unet", UNet)
     size, channels = config["size"], config["unet"]["in_channels"]
-    classes, labels = tuple(config.get("classes", ())), config["unet"].get("classes", 0)
+    classes, labels = classes_of(config), config["unet"].get("classes")
 
     def read(example: Example) -> Iterator[dict[str, Tensor]]:
         row = {"image": pixels(example, size, channels)}

@@ -94,6 +94,13 @@ def test_classes(folder: Folder) -> None:
         picture(at, class_name="cot")
 
 
+def test_classes_without_names_have_numbers(folder: Folder) -> None:
+    at = folder("ddpm", config={"unet": {"classes": 3}}, accepts=["class_name"])
+    assert not torch.equal(picture(at, class_name="0"), picture(at, class_name="2"))
+    with pytest.raises(UsageError, match="needs a class"):
+        picture(at)
+
+
 def test_a_model_of_classes_alone_needs_one() -> None:
     assert label_of("dog", ("cat", "dog"), 2) == 1
     with pytest.raises(UsageError, match="needs a class: --class NAME; known: cat, dog"):
