@@ -4,7 +4,7 @@
 
 The claims: no resume fails; no half-written file has a name that anything reads; no more steps are lost than lie
 between two checkpoints; and the last checkpoint equals that of a run that nobody stopped, bit for bit. A small DiffWave
-learns tones that are made here. A hundred kills take a quarter of an hour on two idle cores; Ctrl-C ends it early and
+learns tones that are made here. A kill takes ten seconds or so, most of which are imports; Ctrl-C ends it early and
 prints what was seen.
 """
 
@@ -170,17 +170,19 @@ def attempt(call: list[str], run: Path, early: float, late: float | None, tally:
         stdout=subprocess.DEVNULL,
     )
     end = time.monotonic() + early
-    while state(run / log.NAME) == before and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
-    if state(run / log.NAME) == before:
-        late = None if process.poll() is not None else 0
     try:
+        while state(run / log.NAME) == before and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        if state(run / log.NAME) == before:
+            late = None if process.poll() is not None else 0
         said = process.communicate(timeout=late)[1]
         killed = False
     except subprocess.TimeoutExpired:
         process.kill()
         said = process.communicate()[1]
         killed = True
+    finally:
+        process.kill()  # Ctrl-C came meanwhile
     # a run writes into its log when its first step is done
     reached = logged(run) if state(run / log.NAME) != before else None
     newest = inspect(run, tally)
