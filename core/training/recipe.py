@@ -557,8 +557,10 @@ def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     merged = dict(table)
     for name, value in over.items():
         inner = merged.get(name)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        merged[name] = laid_over(inner, value) if both else value
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            merged[name] = laid_over(inner, value)
+        else:
+            merged[name] = value
     return merged
 
 
