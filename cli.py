@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -443,7 +444,6 @@ def train(
     The run's folder is a model from its first checkpoint on: mdiff run RUN.
     """
     from mdiff.core.training import recipe as recipes
-    from mdiff.core.training import run as training
     from mdiff.core.training.log import Log
 
     # Of the processes that torchrun starts, the first one talks.
@@ -467,6 +467,10 @@ def train(
         return
     if recipe.budget == recipes.Budget():
         raise UsageError("how long? give --steps or --minutes, or a [budget] in the recipe")
+    if find_spec("accelerate") is None:
+        raise MissingError("training needs accelerate: pip install 'mdiffusion[train]'")
+    from mdiff.core.training import run as training
+
     own = Path(target) if recipes.is_run(target, registry) else None
     out = out or own or Path("runs") / recipes.slug(recipe.name)
     log = Log(

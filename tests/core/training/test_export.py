@@ -391,6 +391,13 @@ def test_ctrl_c_says_how_to_go_on(toy, numbers, tmp_path, capsys, monkeypatch):
     assert "--resume" not in capsys.readouterr().err
 
 
+def test_training_without_accelerate_says_how_to_get_it(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["train", "toy", "--dry-run"]) == 0
+    assert cli.main(["train", "toy", "--data", str(tmp_path)]) == 3
+    assert "accelerate: pip install 'mdiffusion[train]'" in capsys.readouterr().err
+
+
 def test_only_the_first_process_talks(toy, tmp_path, capsys, monkeypatch):
     from mdiff.core.training import run
 
