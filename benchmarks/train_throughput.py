@@ -131,7 +131,7 @@ def ours(latents: Tensor, texts: Tensor, batch: int, steps: int) -> float:
 
     from dataclasses import replace
 
-    recipe = replace(recipe, preview=replace(recipe.preview, steps=steps + 2))
+    recipe = replace(recipe, preview=replace(recipe.preview, every=steps + 2))
     with tempfile.TemporaryDirectory() as folder:
         log = Log(Path(folder), quiet=True)
         loop.train(

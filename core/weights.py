@@ -89,6 +89,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         memory.add(plain[name].untyped_storage().data_ptr())
     try:
         safetensors.torch.save_file(plain, path)
+        path.chmod(0o644)  # the library leaves it to its writer alone
     except SafetensorError as error:
         # the library hands over the system's number in words alone
         found = re.search(r"os error (\d+)", str(error))

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from mdiff.core import weights
-from mdiff.core.errors import MdiffError, NonFiniteError
+from mdiff.core.errors import MdiffError, NonFiniteError, UsageError
 from mdiff.core.losses import Outcome, by_level
 from mdiff.core.training import checkpoints, optimizers
 from mdiff.core.training.averages import Averages, profiles, write_snapshot
@@ -111,7 +111,8 @@ def train(
 
     Raises:
         NonFiniteError: the loss became NaN or infinite: the newest checkpoint is from before.
-        MdiffError: the folder's checkpoint is of another recipe; the disk is full; the batch does not split.
+        UsageError: the folder's checkpoint is of another recipe.
+        MdiffError: the disk is full; the batch does not split over the processes.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
     run = on or accelerator(recipe)
@@ -131,8 +132,15 @@ def train(
     clock = _Clock()
     found = checkpoints.newest(folder / "checkpoints", log.say)
     if found is not None:
+        if found.facts["recipe"] != digest(recipe):
+            raise UsageError(
+                f"{found.path} is of another recipe: give another folder, or begin there with its weights"
+            )
         _restore(found, module, averages, optimizer, clock)
         log.say(f"going on from step {clock.step} ({clock.spent / 60:.1f} minutes)")
+        facts = {**found.facts, **(facts or {})}
+        if on_save is not None and run.is_main_process:
+            on_save(found)  # whoever was killed in between had no time for it
     clock.start()
     recent = _Recent(run, schedule)
     saved_step = clock.step if found else -1
@@ -201,7 +209,7 @@ def train(
                         write_snapshot(folder / "snapshots", clock.step, name, state)
             if due or (recipe.save.steps and clock.step % recipe.save.steps == 0):
                 save()
-            if on_preview and recipe.preview.steps and clock.step % recipe.preview.steps == 0:
+            if on_preview and recipe.preview.every and clock.step % recipe.preview.every == 0:
                 state = _whole(averages.state(averages.names[0]))
                 if run.is_main_process:
                     on_preview(clock.step, state)
@@ -287,8 +295,8 @@ class _Recent:
         return float(total) / self.steps
 
     def levels(self) -> list[float | None]:
-        """The mean loss of this process by noise level, None where there was none; empty for what has no levels."""
-        each, t = torch.cat(self.each), torch.cat(self.t)
+        """The mean loss by noise level, None where there was none; empty for what has no levels."""
+        each, t = (self.run.gather(torch.cat(values)) for values in (self.each, self.t))
         if self.schedule is None or not len(t):
             return []
         found = by_level(self.schedule, t, each.double()).tolist()

@@ -29,7 +29,7 @@ NAME = "recipe.toml"
 S = TypeVar("S")
 
 _OTHERS = "others"  # metadata of the field that takes the keys of a table which are no fields
-_SET_ELSEWHERE = {"model", "text", "seed", "steps", "device", "precision"}
+_SET_ELSEWHERE = {"model", "text", "seed", "device", "precision"}
 _REQUEST = sorted({f.name for f in fields(Request)} - _SET_ELSEWHERE)
 
 
@@ -150,19 +150,19 @@ class Preview:
     """Samples that are made on the way: the table [preview].
 
     Attributes:
-        steps: of training between two previews; 0 for none.
+        every: steps of training between two previews; 0 for none.
         texts: what is asked for; without texts, samples of a model that takes none.
         count: how many, of each text in turn, always from the same seeds; at least one of each.
         request: other fields of a request: guidance, sampler, duration, options, ...
     """
 
-    steps: int = 0
+    every: int = 0
     texts: tuple[str, ...] = ()
     count: int = 1
     request: Mapping[str, Any] = field(default_factory=dict, metadata={_OTHERS: _REQUEST})
 
     def __post_init__(self) -> None:
-        rules = {"steps": (self.steps >= 0, "0 or more"), "count": (self.count >= 1, "1 or more")}
+        rules = {"every": (self.every >= 0, "0 or more"), "count": (self.count >= 1, "1 or more")}
         _holds("preview", self, rules)
 
 

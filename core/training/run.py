@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mdiff.core import data, losses, pipeline, record, registry, request, times, weights
 from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
-from mdiff.core.hooks import File, Model, ModelCard, Task
+from mdiff.core.hooks import Example, File, Model, ModelCard, Task
 from mdiff.core.host import Host
 from mdiff.core.losses import Outcome
 from mdiff.core.training import export, loop
@@ -52,8 +52,9 @@ def start(
     """
     on = loop.accelerator(recipe)
     _check(out, recipe, resume)
-    record.make_folder(out)
     card = recipes.card_of(recipe, models)
+    examples = _examples(card, recipe, models.host)
+    record.make_folder(out)
     torch.manual_seed(recipe.seed)  # the weights to begin with
     model = _build(card, models.host, str(on.device))
     module = _part(model, card, recipe.part)
@@ -67,7 +68,7 @@ def start(
         _, tensors = source(init, recipe.part, models)
         weights.fill(module, weights.parse(tensors, init), init)
     with on.main_process_first():
-        rows = _rows(task, card, recipe, models.host, out, log)
+        rows = prepare(examples, task, out / "cache", seed=recipe.seed, say=log.say)
     if on.is_main_process:  # from here on the folder is that of a run
         with record.atomic_write(out / recipes.NAME) as temporary:
             temporary.write_text(recipes.to_toml(recipe))
@@ -91,7 +92,7 @@ def start(
         schedule=task.denoiser.schedule if task.denoiser is not None else None,
         on_save=saved,
         on_preview=preview if whole else None,
-        facts={"rows": len(rows), "model": card.id},
+        facts={"rows": len(rows), "model": card.id, **({"init": init} if init else {})},
     )
 
 
@@ -207,20 +208,17 @@ def _checked(task: Any, card: ModelCard, recipe: Recipe, frozen: list[File]) -> 
     return replace(task, made_by=made_by)
 
 
-def _rows(task: Task, card: ModelCard, recipe: Recipe, host: Host, out: Path, log: Log) -> Rows:
+def _examples(card: ModelCard, recipe: Recipe, host: Host) -> list[Example]:
+    """What there is to learn from."""
     folder = recipe.data.folder
     if folder is None:
         raise UsageError("nothing to train on: give a folder with --data FOLDER")
-    suffixes = [media.suffix for media in host.media(card.plugin)]
-    found = data.examples(folder, suffixes)
+    found = data.examples(folder, [media.suffix for media in host.media(card.plugin)])
     chosen = [example for example in found if example.split == recipe.data.split]
     if not chosen:
-        splits = sorted({example.split for example in found})
-        raise UsageError(
-            f"{folder} has no example of the split {recipe.data.split!r}; it has: "
-            f"{', '.join(splits)}"
-        )
-    return prepare(chosen, task, out / "cache", seed=recipe.seed, say=log.say)
+        splits = ", ".join(sorted({example.split for example in found}))
+        raise UsageError(f"{folder} has no split {recipe.data.split!r}; it has: {splits}")
+    return chosen
 
 
 @contextmanager

@@ -37,7 +37,7 @@ FULL = Recipe(
     average=Average(decays=(0.99, 0.999), powers=(0.05, 0.1), snapshots=100),
     batch=Batch(size=8, micro=2),
     budget=Budget(steps=100, minutes=0.5),
-    preview=Preview(steps=5, texts=("a", "b"), request={"guidance": 3.0, "options": {"gain": 2}}),
+    preview=Preview(every=5, texts=("a", "b"), request={"guidance": 3.0, "options": {"gain": 2}}),
 )
 SMALL = {"model": "toy/gauss", "part": "net"}
 
@@ -203,7 +203,7 @@ def test_what_binds_a_run_and_what_may_change():
         "budget.steps": "9",
         "budget.minutes": "9",
         "save.keep": "9",
-        "preview.steps": "9",
+        "preview.every": "9",
         "preview.guidance": "2",
         "log.steps": "9",
         "threads": "3",
