@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import click
 
@@ -25,11 +25,11 @@ from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
 
 if TYPE_CHECKING:
     from mdiff.core.evaluation import OnProgress
-    from mdiff.core.hooks import ModelCard
+    from mdiff.core.hooks import ModelCard, Request
     from mdiff.core.host import Host
-    from mdiff.core.pipeline import OnStep, Output
+    from mdiff.core.looking import Show
+    from mdiff.core.pipeline import Job, Moment, OnStep, Output
     from mdiff.core.registry import Registry
-    from mdiff.core.sampling import State
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +136,19 @@ def cli(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="A JSON object an output on stdout.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved requests and stop.")
 @click.option("--again", type=click.Path(path_type=Path), help="Run the record of an output again.")
+@click.option(
+    "--sheet", type=click.Path(path_type=Path), help="sheet.png: all outputs with labels."
+)
+@click.option(
+    "--trajectory",
+    type=click.Choice(["strip", "animation"]),
+    help="How each came about, beside it: NAME.steps.png or .webp.",
+)
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    help="A file or a folder: what comes, rewritten as it goes.",
+)
 @click.option("--quiet", is_flag=True, help="No talk on stderr but errors.")
 @_block
 def run(
@@ -152,6 +165,9 @@ def run(
     as_json: bool,
     dry_run: bool,
     again: Path | None,
+    sheet: Path | None,
+    trajectory: Literal["strip", "animation"] | None,
+    preview: Path | None,
     quiet: bool,
     **fields: Any,
 ) -> None:
@@ -198,15 +214,32 @@ def run(
     if made:
         pipeline.as_recorded(made, card)
     keep = resume or prompts is not None
+    show = _show(jobs, registry.host, sheet=sheet, trajectory=trajectory, preview=preview, say=say)
     try:
-        with _progress(quiet) as on_step:
+        with _progress(quiet, requests) as bar:
+            on_step = pipeline.several(bar, show and show.step)
             outputs = pipeline.run(jobs, registry.host, resume=resume, keep=keep, on_step=on_step)
             for output in outputs:
                 click.echo(_told(output) if as_json else str(output.path))
+                if show is not None:
+                    show.add(output)
+            if show is not None:
+                show.close()
     except KeyboardInterrupt:
         if keep:
             say(f"to go on, the same command with --seed {span} --resume")
         raise
+
+
+def _show(
+    jobs: "Sequence[Job]", host: "Host", *, say: Callable[[str], None], **wanted: Any
+) -> "Show | None":
+    """What draws pictures of a run, where any are wanted."""
+    if not any(wanted.values()):
+        return None
+    from mdiff.core.looking import Show
+
+    return Show(jobs, host, say=say, **wanted)
 
 
 def _asked(made: dict[str, Any]) -> dict[str, Any]:
@@ -244,21 +277,24 @@ def _told(output: "Output") -> str:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator["OnStep | None"]:
-    """A bar of the steps of each stage, on a terminal only."""
+def _progress(quiet: bool, requests: "Sequence[Request]") -> Iterator["OnStep | None"]:
+    """A bar on a terminal only: of all outputs, with the time that is left and steps a second."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
+    from mdiff.core.looking import Pace
 
-        def on_step(stage: int, state: "State") -> None:
-            bar.update(
-                task, description=f"stage {stage + 1}", total=state.total, completed=state.index
-            )
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(requests), speed="")
+        pace = Pace(requests)
+
+        def on_step(moment: "Moment") -> None:
+            pace.step(moment)
+            bar.update(task, completed=pace.done, description=pace.place, speed=pace.speed)
 
         yield on_step
 

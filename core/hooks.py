@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import click
     import torch
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from mdiff.core.denoiser import Denoise, Denoiser
@@ -222,12 +223,15 @@ class Components:
     guidance: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     losses: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
+        preview: x0 (copies, C, *axes) -> a small picture of it, at a cost that is nothing next to
+            a step's; None where there is no such way.
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened: `name` is "started", "saved" or "failed"; `data` says to what."""
 
     name: str
+    preview: Callable[[Tensor], Image] | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -249,6 +253,8 @@ class Example:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+        thumbnail: sample -> a picture of it, for contact sheets and the like; None where there is
+            none.
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """How one part of a model is trained: what becomes of an example, and what is asked of the part.
@@ -256,6 +262,7 @@ class Task:
     Every number that is drawn comes from the `Draws`, so that a step is the same wherever it runs.
 
     Attributes:
+    thumbnail: Callable[[Mapping[str, Any]], Image] | None = None
         module: what is trained; the other parts of its model stay as they are.
         read: example -> rows, each a mapping of tensors with the same names and shapes. It is
             called once for each example and the rows are kept on the disk, so it holds all that is

@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from shutil import rmtree
@@ -28,7 +29,7 @@ from mdiff.core import noise, record, weights
 from mdiff.core.denoiser import Denoise
 from mdiff.core.errors import IntegrityError, MdiffError, UsageError
 from mdiff.core.guidance import classifier_free
-from mdiff.core.hooks import DataSet, Event, Media, Model, ModelCard, Problem, Request
+from mdiff.core.hooks import DataSet, Event, Media, Model, ModelCard, Problem, Request, Stage
 from mdiff.core.host import KINDS, Host
 from mdiff.core.names import Described, about
 from mdiff.core.registry import Registry
@@ -40,8 +41,47 @@ SAVE_EVERY = 10.0
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-OnStep = Callable[[int, State], None]
-"""Told after each step: the number of the stage, and the state."""
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where a run is after a step of one of its stages; good until the next step.
+
+    Attributes:
+        number: of the stage.
+        problem, carry: what the stage was asked, and what earlier stages left.
+        state: `state.x0` is what the denoiser believes in, (copies, C, *axes).
+    """
+
+    request: Request
+    model: Model
+    number: int
+    problem: Problem
+    carry: Mapping[str, Any]
+    state: State
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that takes the steps."""
+        return self.model.stages[self.number]
+
+    def sample(self) -> Mapping[str, Any] | None:
+        """The sample that x0 would become, were it the end of the stage.
+
+        None where a later stage takes steps of its own. The parts of the model that follow do run.
+        """
+        rest = self.model.stages[self.number + 1 :]
+        if self.state.x0 is None or any(stage.denoiser is not None for stage in rest):
+            return None
+        carry = dict(self.carry)
+        carry |= self.stage.finish(self.request, self.problem, self.state.x0, carry)
+        for stage in rest:
+            problem = stage.prepare(self.request, carry)
+            carry |= stage.finish(self.request, problem, None, carry)
+        return carry["sample"]
+
+
+OnStep = Callable[[Moment], None]
+"""Told after each step of a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +195,7 @@ def run(
                     card,
                     request,
                     host=host,
-                    on_step=_both(saved.step, on_step),
+                    on_step=several(saved.step, on_step),
                     resume=before,
                 )
             except KeyboardInterrupt:
@@ -174,6 +214,17 @@ def run(
         output = Output(path=job.path, request=request, card=card, record=made, seconds=seconds)
         host.tell(Event(name="saved", data={"request": request, "path": job.path}))
         yield output
+
+
+def several(*told: OnStep | None) -> OnStep:
+    """Tells all of them, in order; None stands for nobody."""
+
+    def on_step(moment: Moment) -> None:
+        for one in told:
+            if one is not None:
+                one(moment)
+
+    return on_step
 
 
 def describe(card: ModelCard, request: Request, host: Host) -> dict[str, Any]:
@@ -272,8 +323,17 @@ def generate(
             problem = stage.prepare(request, carry)
             x = None
             if stage.denoiser is not None:
+                here = partial(
+                    Moment,
+                    request=request,
+                    model=model,
+                    number=number,
+                    problem=problem,
+                    carry=carry,
+                )
+                tell = _teller(on_step, here)
                 state = (resume or {}).get(number)
-                x = _solve(stage.denoiser, problem, request, number, host, on_step, state)
+                x = _solve(stage.denoiser, problem, request, number, host, tell, state)
             carry |= stage.finish(request, problem, x, carry)
     if not isinstance(carry.get("sample"), Mapping):
         raise MdiffError(f"plugin {card.plugin!r}: the last stage of {card.id} left no sample")
@@ -299,7 +359,7 @@ def _solve(
     request: Request,
     number: int,
     host: Host,
-    on_step: OnStep | None,
+    tell: Callable[[State], None],
     state: State | None,
 ) -> Tensor:
     """Samples one stage, (copies, C, *axes): from pure noise, or from a state on."""
@@ -318,20 +378,16 @@ def _solve(
     if state is None or state.index < state.total:
         for now in steps(denoise, streams, sampler=sampler, grid=grid, resume=state):
             state = now
-            if on_step is not None:
-                on_step(number, now)
+            tell(now)
     if state is None:
         raise MdiffError(f"the grid of stage {number + 1} has no step")
     return state.x
 
 
-def _both(first: OnStep, second: OnStep | None) -> OnStep:
-    def told(number: int, state: State) -> None:
-        first(number, state)
-        if second is not None:
-            second(number, state)
-
-    return told
+def _teller(on_step: OnStep | None, here: Callable[..., Moment]) -> Callable[[State], None]:
+    if on_step is None:
+        return lambda state: None
+    return lambda state: on_step(here(state=state))
 
 
 @dataclass
@@ -343,8 +399,8 @@ class _Saved:
     latest: dict[int, State] = field(default_factory=dict)
     at: float = field(default_factory=time.monotonic)
 
-    def step(self, number: int, state: State) -> None:
-        self.latest[number] = state
+    def step(self, moment: Moment) -> None:
+        self.latest[moment.number] = moment.state
         if time.monotonic() - self.at > SAVE_EVERY:
             self.save()
 

@@ -76,7 +76,7 @@ def test_guidance_and_options_reach_the_model(ask, make):
 
 def test_progress_tells_each_step_of_each_stage(ask, make):
     told = []
-    make(ask(steps=3), on_step=lambda stage, state: told.append((stage, state.index, state.total)))
+    make(ask(steps=3), on_step=lambda m: told.append((m.number, m.state.index, m.state.total)))
     assert told == [(stage, index, 3) for stage in (0, 1) for index in (1, 2, 3)]
 
 
@@ -84,15 +84,15 @@ def test_progress_tells_each_step_of_each_stage(ask, make):
 def test_a_sample_goes_on_from_its_states_bit_for_bit(ask, make, place):
     request, states = ask(seed=5), {}
 
-    def stop(stage, state):
-        states[stage] = state
-        if (stage, state.index) == place:
+    def stop(moment):
+        states[moment.number] = moment.state
+        if (moment.number, moment.state.index) == place:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make(request, on_step=stop)
     told = []
-    resumed = make(request, resume=states, on_step=lambda n, s: told.append((n, s.index)))
+    resumed = make(request, resume=states, on_step=lambda m: told.append((m.number, m.state.index)))
     assert torch.equal(resumed, make(request))
     assert (place[0], place[1]) not in told, "what was done is not done again"
 
@@ -101,8 +101,8 @@ def test_an_interrupted_run_is_resumed_from_the_disk(ask, toy, toy_registry, tmp
     jobs = plan([ask(seed=5)], toy_registry, tmp_path)
     (whole,) = run(plan([ask(seed=5)], toy_registry, tmp_path / "whole"), toy)
 
-    def stop(stage, state):
-        if (stage, state.index) == (1, 2):
+    def stop(moment):
+        if (moment.number, moment.state.index) == (1, 2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +116,7 @@ def test_an_interrupted_run_is_resumed_from_the_disk(ask, toy, toy_registry, tmp
         list(run(jobs, toy, resume=True))
     (folder / "1.safetensors").write_bytes(state)
     told = []
-    list(run(jobs, toy, resume=True, on_step=lambda n, s: told.append((n, s.index))))
+    list(run(jobs, toy, resume=True, on_step=lambda m: told.append((m.number, m.state.index))))
     assert told == [(1, index) for index in (3, 4, 5, 6)]
     assert jobs[0].path.read_bytes() == whole.path.read_bytes() and not folder.exists()
 

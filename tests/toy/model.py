@@ -61,12 +61,17 @@ def build(config, device, dtype):
     def decode(request, problem, x, carry):
         return {"sample": {"values": carry["fine"][0].float() * request.options["gain"]}}
 
+    def draw(x0):
+        from mdiff_toy import thumbnail
+
+        return thumbnail({"values": x0[0, 0]})
+
     denoiser = Denoiser(net, SCHEDULE, predicts="x0", time="t")
     return Model(
         modules={"net": net},
         stages=(
             Stage(name="coarse", prepare=prepare, denoiser=denoiser, finish=choose),
-            Stage(name="fine", prepare=again, denoiser=denoiser, finish=fine),
+            Stage(name="fine", prepare=again, denoiser=denoiser, finish=fine, preview=draw),
             Stage(
                 name="decode", prepare=lambda r, c: Problem(shape=()), denoiser=None, finish=decode
             ),

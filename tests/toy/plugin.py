@@ -46,7 +46,14 @@ def mdiff_recipes():
 @hookimpl
 def mdiff_media():
     return [
-        Media(suffix=".txt", write=write, read=read, read_record=read_record, default=True),
+        Media(
+            suffix=".txt",
+            write=write,
+            read=read,
+            read_record=read_record,
+            default=True,
+            thumbnail=thumbnail,
+        ),
         Media(suffix=".csv", write=write_csv, read=read_csv, read_record=lambda path: None),
     ]
 
@@ -107,3 +114,11 @@ def read_csv(path):
     import torch
 
     return {"values": torch.tensor([float(v) for v in Path(path).read_text().split(",")])}
+
+
+def thumbnail(sample):
+    """A row of greys, as many as numbers."""
+    from PIL import Image
+
+    greys = bytes(max(0, min(255, round(128 + 32 * v))) for v in sample["values"].tolist())
+    return Image.frombytes("L", (len(greys), 1), greys)
