@@ -111,7 +111,28 @@ def cli(ctx: click.Context) -> None:
 @click.option("--class", "class_name", help="A class that the model knows.")
 @click.option("--duration", type=float, help="Seconds.")
 @click.option("--seed", help="7, or 1,2,5-10. Random where absent, and always printed.")
-@click.option("--count", type=click.IntRange(1, 100_000), help="Outputs: seeds s, s+1, ...")
+@click.option(
+    "--count",
+    type=click.IntRange(1, 100_000),
+    help="Outputs: seeds s, s+1, ..., or positions on the way to the other seed or text.",
+)
+@click.option("--input", metavar="FILE", help="A picture, a sound, ... to start from.")
+@click.option("--strength", type=float, help="How much of it is made anew: above 0, to 1.")
+@click.option(
+    "--mask", metavar="FILE", help="Bright where the input is made anew; else it is kept."
+)
+@click.option("--operator", help="What the input is of the output: 'upscale 4', 'extend 16', ...")
+@click.option(
+    "--invert",
+    type=int,
+    is_flag=False,
+    flag_value=1,
+    metavar="[N]",
+    help="Start from the noise that the input comes from; N > 1 finds it more exactly.",
+)
+@click.option("--to-seed", type=int, help="The other end of an interpolation from --seed.")
+@click.option("--to-text", help="The other end of an interpolation from --text.")
+@click.option("--position", type=float, help="How far on the way there, 0 to 1.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path), help="A text a line, or .jsonl requests."
 )
@@ -174,7 +195,7 @@ def run(
     """Make something, by modality (its default model), by model or from a folder with a model in
     it.
     """
-    from mdiff.core import request
+    from mdiff.core import record, request
 
     def say(line: str) -> None:
         if not quiet:
@@ -191,7 +212,11 @@ def run(
     fields["text"] = _stdin() if text == "-" else text
     given = old | {name: value for name, value in fields.items() if value is not None}
     given["options"] = {**old.get("options", {}), **_pairs(options)}
+    # of files that are given anew, the record says nothing
+    given["sha256"] = {k: v for k, v in old.get("sha256", {}).items() if fields.get(k) is None}
     lines = request.read_prompts(prompts) if prompts is not None else [{}]
+    if prompts is None and (way := request.sweep(given, count)):
+        lines, count = way, None
     drawn = seed is None and not made and any("seed" not in line for line in lines)
     if resume and drawn:
         raise UsageError("--resume needs the --seed of the run to go on with")
@@ -206,7 +231,7 @@ def run(
     jobs = pipeline.plan(requests, registry, out, suffix)
     if dry_run:
         for job in jobs:
-            entry = {"path": str(job.path), "request": asdict(job.request)}
+            entry = {"path": str(job.path), "request": record.values(job.request)}
             click.echo(json.dumps(entry, indent=None if as_json else 2))
         return
     first, span = requests[0], _span(seeds)

@@ -366,6 +366,29 @@ def truncate(grid: Grid, start: float) -> Grid:
     return truncated
 
 
+def partial(grid: Grid, share: float) -> Grid:
+    """The part of a grid below this share of its first time, which is where it begins instead.
+
+    With the level at hand exactly, whatever the number of steps; a first step that would be shorter than a third of
+    the one it is cut out of is one with the next.
+    """
+    if not 0 < share <= 1:
+        raise UsageError(f"a share of a grid is above 0 and at most 1, not {share}")
+
+    def begun(schedule: Schedule) -> Tensor:
+        times = grid(schedule)
+        if share == 1:
+            return times
+        start = times[-1] + share * (times[0] - times[-1])
+        below = int((times >= start).sum())
+        step, cut = times[below - 1] - times[below], start - times[below]
+        if cut < step / 3 and below + 1 < len(times):
+            below += 1
+        return torch.cat([start.reshape(1), times[below:]])
+
+    return begun
+
+
 # --- what the rules share -------------------------------------------------------------------------
 
 

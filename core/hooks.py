@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mdiff.core.denoiser import Denoise, Denoiser
+    from mdiff.core.operators import Linear
     from mdiff.core.training.draws import Draws
 
 API = (1, 0)
@@ -92,7 +93,8 @@ class ModelCard:
         config: handed to `mdiff_build` untouched.
         defaults: request fields where the caller says nothing: steps, sampler, grid, guidance,
             duration, precision.
-        accepts: the request fields that the model listens to: text, negative, class_name, duration.
+        accepts: the request fields that the model listens to: text, negative, class_name, duration,
+            input, mask, operator.
         measured: figures of quality and speed, for people.
         root: folder that `files` are relative to.
     """
@@ -120,10 +122,21 @@ class Request:
 
     Attributes:
         model: a card's id, or the path of a folder that holds a model.
+        text: one text, or several with weights (`request.weighted`).
         duration: seconds.
         seed: of this one sample.
         precision: "fp32" or "bf16".
         options: the model's own options, each one present.
+        input: the path of a file of the model's modality to start from.
+        strength: how much of it is made anew, above 0 to 1: the part of the noise that is put on it.
+        mask: the path of a file of the input's size: what is bright is made anew, the rest is kept.
+        operator: what the input is of the sample, "upscale 4", a form of `tasks.FORMS` or the
+            model's own.
+        invert: start from the noise that the input is found at instead of fresh noise, with so many
+            evaluations a step.
+        to_seed, to_text, position: as far as `position`, 0 to 1, on the way from `seed` to
+            `to_seed` and from `text` to `to_text`.
+        sha256: of the files that it names, by field.
     """
 
     model: str
@@ -139,6 +152,37 @@ class Request:
     precision: str = "fp32"
     device: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
+    input: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+    operator: str | None = None
+    invert: int | None = None
+    to_seed: int | None = None
+    to_text: str | None = None
+    position: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a request's input says of the sample of a stage, as `tasks.given` makes it.
+
+    Either it is a sample, `start`, of which `keep` says what stays; or it is a measurement of one.
+
+    Attributes:
+        start: clean data of the stage, (1, C, *axes).
+        keep: true where `start` stays as it is, (1, 1 or C, *axes); None: nowhere.
+        operator, measurement: measurement = operator(x) for the x that is looked for, or for what
+            `decode` makes of it.
+        encode, decode: between x and what the operator sees, where those differ (latents).
+    """
+
+    start: Tensor | None = None
+    keep: Tensor | None = None
+    operator: Linear | None = None
+    measurement: Tensor | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +194,7 @@ class Problem:
         cond: keyword arguments of the network, tensors of (copies, ...) or (1, ...).
         uncond: the same keys for the unconditional half of guidance; None for a stage without
             guidance.
+        given: what the request's input says of the sample, in the stage that it goes into.
         copies: candidates drawn side by side, each from a seed of its own.
         guidance, sampler, grid, steps: what the request says, where None. A sampler or grid is a
             name or an object.
@@ -158,6 +203,7 @@ class Problem:
     shape: tuple[int, ...]
     cond: Mapping[str, Tensor] = field(default_factory=dict)
     uncond: Mapping[str, Tensor] | None = None
+    given: Given | None = None
     copies: int = 1
     guidance: float | None = None
     sampler: Any = None
@@ -170,17 +216,22 @@ class Stage:
     """One part of a model: text -> latent, latent -> mel, mel -> waveform.
 
     Attributes:
-        prepare: (request, carry) -> Problem; `carry` holds what earlier stages left.
+        prepare: (request, carry) -> Problem; `carry` holds what earlier stages left, and the samples
+            in the files that the request names: "input" and "mask". It is asked once for each text
+            of the request, so conditions depend on `request.text` alone.
         denoiser: None for a plain network: then `finish` does the work, with x = None.
         finish: (request, problem, x, carry) -> what to add to the carry; x is (copies, C, *axes).
             After the last stage the carry holds "sample": the mapping that the plugin's media
             write.
+        preview: x0 (copies, C, *axes) -> a small picture of it, at a cost that is nothing next to
+            a step's; None where there is no such way.
     """
 
     name: str
     prepare: Callable[[Request, dict[str, Any]], Problem]
     denoiser: Denoise | None
     finish: Callable[[Request, Problem, Tensor | None, dict[str, Any]], Mapping[str, Any]]
+    preview: Callable[[Tensor], Image] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +253,8 @@ class Media:
         read: path -> sample.
         read_record: path -> the record, or None where the file has none.
         default: used where no format is asked for.
+        thumbnail: sample -> a picture of it, for contact sheets and the like; None where there is
+            none.
     """
 
     suffix: str
@@ -209,6 +262,7 @@ class Media:
     read: Callable[[Path], Mapping[str, Any]]
     read_record: Callable[[Path], dict[str, Any] | None]
     default: bool = False
+    thumbnail: Callable[[Mapping[str, Any]], Image] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,15 +277,12 @@ class Components:
     guidance: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     losses: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
-        preview: x0 (copies, C, *axes) -> a small picture of it, at a cost that is nothing next to
-            a step's; None where there is no such way.
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened: `name` is "started", "saved" or "failed"; `data` says to what."""
 
     name: str
-    preview: Callable[[Tensor], Image] | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -253,8 +304,6 @@ class Example:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-        thumbnail: sample -> a picture of it, for contact sheets and the like; None where there is
-            none.
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """How one part of a model is trained: what becomes of an example, and what is asked of the part.
@@ -262,7 +311,6 @@ class Task:
     Every number that is drawn comes from the `Draws`, so that a step is the same wherever it runs.
 
     Attributes:
-    thumbnail: Callable[[Mapping[str, Any]], Image] | None = None
         module: what is trained; the other parts of its model stay as they are.
         read: example -> rows, each a mapping of tensors with the same names and shapes. It is
             called once for each example and the rows are kept on the disk, so it holds all that is

@@ -25,10 +25,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mdiff.core import noise, record, weights
+from mdiff.core import grids, noise, record, tasks, weights
 from mdiff.core.denoiser import Denoise
 from mdiff.core.errors import IntegrityError, MdiffError, UsageError
-from mdiff.core.guidance import classifier_free
 from mdiff.core.hooks import DataSet, Event, Media, Model, ModelCard, Problem, Request, Stage
 from mdiff.core.host import KINDS, Host
 from mdiff.core.names import Described, about
@@ -183,6 +182,8 @@ def run(
             continue
         host.tell(Event(name="started", data={"request": request, "path": job.path}))
         try:
+            # before the model, which may take a while to load
+            files = read_files(request, card, host)
             which = (card.id, card.root, request.device, request.precision)
             if loaded is None or loaded[0] != which:
                 loaded = (which, open_model(card, request, host))
@@ -197,6 +198,7 @@ def run(
                     host=host,
                     on_step=several(saved.step, on_step),
                     resume=before,
+                    files=files,
                 )
             except KeyboardInterrupt:
                 saved.save()
@@ -305,22 +307,27 @@ def generate(
     host: Host,
     on_step: OnStep | None = None,
     resume: Mapping[int, State] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any]:
     """Runs the stages of one request and returns its sample.
 
     Args:
         resume: states of stages, by number: a stage goes on from its state, and one that is at its
             end is not run again.
+        files: what `read_files` gives, if it was asked before.
 
     Raises:
         PluginError: the plugin failed in a stage, or left no sample.
         NonFiniteError: the sampler met a NaN or an infinity.
+        MissingError, UsageError: as `read_files`; a task that a stage cannot do.
     """
-    carry: dict[str, Any] = {}
+    carry = dict(read_files(request, card, host) if files is None else files)
+    asked, request, heard = request, tasks.first(request), False
     for number, stage in enumerate(model.stages):
         where = f"stage {stage.name!r} of {card.id}"
         with host.blame(card.plugin, where):
-            problem = stage.prepare(request, carry)
+            problem, others = tasks.prepared(stage, asked, carry)
+            heard = heard or problem.given is not None
             x = None
             if stage.denoiser is not None:
                 here = partial(
@@ -333,11 +340,27 @@ def generate(
                 )
                 tell = _teller(on_step, here)
                 state = (resume or {}).get(number)
-                x = _solve(stage.denoiser, problem, request, number, host, tell, state)
+                x = _solve(stage.denoiser, problem, others, asked, number, host, tell, state)
             carry |= stage.finish(request, problem, x, carry)
+    if asked.input is not None and not heard:
+        raise MdiffError(
+            f"plugin {card.plugin!r}: no stage of {card.id} did anything with the input"
+        )
     if not isinstance(carry.get("sample"), Mapping):
         raise MdiffError(f"plugin {card.plugin!r}: the last stage of {card.id} left no sample")
     return carry["sample"]
+
+
+def read_files(request: Request, card: ModelCard, host: Host) -> Mapping[str, Any]:
+    """The samples in the files that a request names, by field.
+
+    Raises:
+        MissingError, UsageError: one that cannot be read, or a mask of another size than the input.
+    """
+    if request.input is None:
+        return {}
+    with host.blame(card.plugin, f"reading {request.input}"):
+        return tasks.files(request, host.media(card.plugin))
 
 
 def seeds(seed: int, copies: int, stage: int) -> list[int]:
@@ -356,27 +379,33 @@ def derive(seed: int, role: str, index: int) -> int:
 def _solve(
     denoise: Denoise,
     problem: Problem,
+    others: Sequence[Problem],
     request: Request,
     number: int,
     host: Host,
     tell: Callable[[State], None],
     state: State | None,
 ) -> Tensor:
-    """Samples one stage, (copies, C, *axes): from pure noise, or from a state on."""
-    scale = request.guidance if problem.guidance is None else problem.guidance
-    if problem.uncond is None:
-        denoise = denoise.bind(**problem.cond)
-    else:
-        denoise = classifier_free(denoise, cond=problem.cond, uncond=problem.uncond, scale=scale)
+    """Samples one stage, (copies, C, *axes): from where its task begins, or from a state on."""
+    denoise, source = tasks.followed(denoise, problem, others, request)
     sampler = problem.sampler or request.sampler
     if isinstance(sampler, str):
         sampler = component("samplers", sampler, host)()
     grid = problem.grid or request.grid
     if isinstance(grid, str):
         grid = component("grids", grid, host)(problem.steps or request.steps)
-    streams = noise.from_seeds(seeds(request.seed, problem.copies, number), problem.shape)
+    if problem.given is not None and request.strength is not None:
+        grid = grids.partial(grid, request.strength)
+
+    def streams(seed: int) -> noise.Noise:
+        return noise.from_seeds(seeds(seed, problem.copies, number), problem.shape)
+
+    own, other = streams(request.seed), None
+    if request.to_seed is not None:
+        other = streams(request.to_seed)
     if state is None or state.index < state.total:
-        for now in steps(denoise, streams, sampler=sampler, grid=grid, resume=state):
+        x = tasks.begin(source, problem, request, grid, own, other) if state is None else None
+        for now in steps(denoise, own, sampler=sampler, grid=grid, x=x, resume=state):
             state = now
             tell(now)
     if state is None:

@@ -36,7 +36,7 @@ def make(request: Request, card: ModelCard, *, dist: str, dist_version: str, thr
         "plugin": {"name": card.plugin, "dist": dist, "version": dist_version},
         "model": card.id,
         "weights": {file.name: file.sha256 for file in card.files},
-        "request": asdict(request),
+        "request": values(request),
         "seed": request.seed,
         "device": request.device,
         "precision": request.precision,
@@ -65,7 +65,30 @@ def digest(record: Mapping[str, Any]) -> str:
 
 def key(request: Request) -> str:
     """Twelve hexadecimal digits that name a request: equal requests have equal keys."""
-    return hashlib.sha256(canonical(asdict(request)).encode()).hexdigest()[:12]
+    return hashlib.sha256(canonical(values(request)).encode()).hexdigest()[:12]
+
+
+def values(request: Request) -> dict[str, Any]:
+    """A request as JSON values. What records of the first versions did not have is left out while
+    it is empty, so that their keys stay.
+    """
+    said = asdict(request)
+    names = list(said)
+    later = names[names.index("options") + 1 :]
+    return {k: v for k, v in said.items() if k not in later or v not in (None, {})}
+
+
+def sha256(path: str) -> str:
+    """The hash of a file that a request names.
+
+    Raises:
+        MissingError: it is not there, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MissingError(f"cannot read {path}: {error.strerror}") from error
 
 
 def short(record: Mapping[str, Any], limit: int = LIMIT) -> str:

@@ -19,10 +19,10 @@ from mdiff.core.hooks import File, ModelCard, Option, Request
 from mdiff.core.host import Host
 
 NAME = "registry.toml"
-ACCEPTABLE = ("text", "negative", "class_name", "duration")
+ACCEPTABLE = ("text", "negative", "class_name", "duration", "input", "mask", "operator")
 """Request fields that a model may or may not listen to; the others mean something to every model.
 """
-DEFAULTABLE = ("steps", "sampler", "grid", "guidance", "duration", "precision")
+DEFAULTABLE = ("steps", "sampler", "grid", "guidance", "duration", "precision", "strength")
 BOUNDABLE = ("steps", "guidance", "duration")
 """Request fields that an option of the same name bounds."""
 

@@ -8,6 +8,7 @@ where the caller says nothing.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mdiff.core import record
-from mdiff.core.errors import MissingError, UsageError, nearest
+from mdiff.core.errors import IntegrityError, MissingError, UsageError, nearest
 from mdiff.core.hooks import ModelCard, Option, Request
 from mdiff.core.host import Host
 from mdiff.core.registry import ACCEPTABLE, problem
@@ -40,9 +41,40 @@ FIELDS: Mapping[str, Option] = {
         Option(name="guidance", type="float", default=1.0, minimum=0, maximum=100),
         Option(name="precision", type="str", default="auto", choices=("auto", "fp32", "bf16")),
         Option(name="device", type="str", default="auto", help="auto, cpu, cuda, cuda:1"),
+        Option(name="input", type="str", help="a file to start from"),
+        Option(name="strength", type="float", minimum=0.001, maximum=1, help="how much is new"),
+        Option(name="mask", type="str", help="a file: what is bright is made anew"),
+        Option(name="operator", type="str", help="what the input is of the sample: upscale 4"),
+        Option(name="invert", type="int", minimum=1, maximum=100, help="evaluations a step"),
+        Option(name="to_seed", type="int", minimum=0, maximum=TOP_SEED),
+        Option(name="to_text", type="str", help="the other end of an interpolation"),
+        Option(name="position", type="float", minimum=0, maximum=1, help="on the way there"),
     )
 }
 """Every field of a request but the model and its options."""
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "strength": ("input",),
+    "mask": ("input",),
+    "operator": ("input",),
+    "invert": ("input",),
+    "to_text": ("text",),
+    "position": ("to_seed", "to_text"),
+}
+"""Fields that mean nothing without one of those on the right."""
+
+APART = (
+    ("operator", "mask"),
+    ("operator", "invert"),
+    ("mask", "invert"),
+)
+"""Fields of which a request has one or the other."""
+
+FILES = ("input", "mask")
+"""Fields that name a file."""
+
+STRENGTH = 0.75
+"""Of an input that is no more than a start, where neither the caller nor the card says."""
 
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Processor flags that mean bf16 arithmetic in hardware; `bf16` is the name on ARM."""
@@ -56,43 +88,116 @@ def resolve(card: ModelCard, given: Mapping[str, Any], host: Host, *, model: str
 
     Args:
         given: fields of `Request`, `options` among them. Options may be texts ("0.5"): they are
-            read by type.
+            read by type. With `sha256` of an earlier request its files must be the same still.
         model: what goes into the request instead of the card's id: the path of a folder.
 
     Raises:
         UsageError: a field or an option that there is not, that the model does not take, or out of
             its range.
-        MissingError: no such device.
+        MissingError: no such device, or no such file.
+        IntegrityError: a file is not that of `sha256`.
     """
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if name not in FIELDS and name != "options":
+        if name not in FIELDS and name not in ("options", "sha256"):
             raise UsageError(f"a request has no {name!r}{nearest(name, [*FIELDS, 'options'])}")
         if name in ACCEPTABLE and name not in card.accepts:
             takes = ", ".join(card.accepts) or "none of them"
             raise UsageError(
                 f"{card.id} does not take {_flag(name)}; of such fields it takes: {takes}"
             )
+    _check_together(given)
+    given = _defaults(card, given) | given
     own = {option.name: option for option in card.options}
     values: dict[str, Any] = {}
     for name, field in FIELDS.items():
         option = own.get(name, field)
-        default = card.defaults.get(name, option.default)
+        default = card.defaults.get(name, option.default) if name not in NEEDS else None
         if name in ACCEPTABLE and name not in card.accepts:
             default = None
         values[name] = _checked(option, given.get(name, default), _flag(name))
-    for name in ("text", "negative"):
+    for name in ("text", "negative", "to_text"):
         if values[name] is not None:
             values[name] = check_text(values[name], _flag(name))
-    if "text" in card.accepts and values["text"] is None:
+    if "text" in card.accepts and values["text"] is None and values["input"] is None:
         raise UsageError(f'{card.id} needs a text: --text "..."')
+    if values["to_text"] is not None and len(weighted(values["text"])) > 1:
+        raise UsageError("--to-text begins at one text: leave out the others that --text weighs")
     for kind in ("sampler", "grid"):
         component(f"{kind}s", values[kind], host)
     values["device"] = device(values["device"])
     values["precision"] = precision(values["precision"], values["device"])
     return Request(
-        model=model or card.id, options=_options(card, given.get("options", {})), **values
+        model=model or card.id,
+        options=_options(card, given.get("options", {})),
+        sha256=_hashes(values, given.get("sha256", {})),
+        **values,
     )
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Raises for fields that mean nothing without others, or exclude each other."""
+    for name, others in NEEDS.items():
+        if name in given and not any(other in given for other in others):
+            wanted = " or ".join(map(_flag, others))
+            raise UsageError(f"{_flag(name)} means nothing by itself: give {wanted} too")
+    for one, other in APART:
+        if one in given and other in given:
+            raise UsageError(f"{_flag(one)} and {_flag(other)} exclude each other: leave one out")
+
+
+def _defaults(card: ModelCard, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task brings with it where the caller says nothing."""
+    made: dict[str, Any] = {}
+    if "input" in given:
+        start = not {"mask", "operator", "invert"} & given.keys()
+        made["strength"] = card.defaults.get("strength", STRENGTH) if start else 1.0
+    if "invert" in given:
+        # the way back is the way there, which takes a sampler that draws nothing
+        made["sampler"] = "ddim"
+    if "to_seed" in given or "to_text" in given:
+        made["position"] = 0.5
+    return made
+
+
+def _hashes(values: Mapping[str, Any], before: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of the files that a request names, which are those of `before` where there are any."""
+    found = {name: record.sha256(values[name]) for name in FILES if values[name] is not None}
+    for name, hash in found.items():
+        if before.get(name, hash) != hash:
+            raise IntegrityError(
+                f"{values[name]} is not the file that the record names as its {name}: put that "
+                f"one back, or give {_flag(name)} anew"
+            )
+    return found
+
+
+def weighted(text: str) -> list[tuple[str, float]]:
+    """The texts in a text and their weights: "an apple :1.5 | a pear :-0.5".
+
+    Only where bars part it and at least one of the parts ends in a weight; a part without one has
+    weight 1. Any other text is one text as it stands.
+    """
+    found = [_WEIGHT.fullmatch(part.strip()) for part in text.split("|")]
+    parts = [(match[1].strip(), match[2]) for match in found if match]
+    whole = len(parts) == len(found) > 1 and all(said for said, _ in parts)
+    if not whole or all(weight is None for _, weight in parts):
+        return [(text, 1.0)]
+    return [(said, 1.0 if weight is None else float(weight)) for said, weight in parts]
+
+
+_WEIGHT = re.compile(r"(.*?)(?:\s:([-+]?\d+(?:\.\d+)?))?", re.DOTALL)
+
+
+def sweep(fields: Mapping[str, Any], count: int | None) -> list[dict[str, Any]]:
+    """The lines of an interpolation in `count` even positions, its ends among them; none where the
+    fields ask for no interpolation, or for one position of it.
+    """
+    ends = fields.get("to_seed") is not None or fields.get("to_text") is not None
+    if not ends or fields.get("position") is not None or count in (None, 1):
+        return []
+    assert count is not None
+    return [{"position": k / (count - 1)} for k in range(count)]
 
 
 def check_text(text: str, where: str = "the text") -> str:
@@ -302,4 +407,4 @@ def _checked(option: Option, value: Any, where: str) -> Any:
 
 
 def _flag(name: str) -> str:
-    return {"class_name": "--class"}.get(name, f"--{name}")
+    return {"class_name": "--class"}.get(name, f"--{name.replace('_', '-')}")

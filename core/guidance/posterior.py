@@ -31,7 +31,14 @@ Residual = Callable[[Tensor], Tensor]
 """x0 -> y - A x0"""
 
 
-def replacement(denoise: Denoise, operator: Linear, measurement: Tensor) -> Guided:
+def replacement(
+    denoise: Denoise,
+    operator: Linear,
+    measurement: Tensor,
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Guided:
     """x0 + A^+ (y - A x0): what is known in place of what was said (Wang et al., 2023, eq. 13).
 
     The range-null space decomposition (DDNM); for a mask, the known part pasted into x0 (Song et
@@ -42,13 +49,24 @@ def replacement(denoise: Denoise, operator: Linear, measurement: Tensor) -> Guid
     Args:
         operator: linear, of `mdiff.core.operators`.
         measurement: y, of the shape that the operator gives, one row per sample or one for all.
+        encode, decode: where the operator sees what x0 decodes to. Then x0 moves by what its
+            replacement makes of its code, and an x0 that obeys y stays whatever the codec loses.
+
+    Raises:
+        UsageError: one of encode and decode without the other.
     """
     operator = _linear(operator, "replacement")
+    if (encode is None) != (decode is None):
+        raise UsageError("encode needs its decode, and decode its encode")
     residual = _residual(operator, measurement)
 
     def rule(inner: Denoise, x: Tensor, t: Time[Any]) -> Prediction:
         said = inner(x, t)
-        return shifted(said, 1.0, operator.pinv(residual(said.x0), said.x0))
+        seen = said.x0 if decode is None else decode(said.x0)
+        change = operator.pinv(residual(seen), seen)
+        if encode is not None:
+            change = encode(seen + change) - encode(seen)
+        return shifted(said, 1.0, change)
 
     return Guided(inner=denoise, rule=rule)
 
