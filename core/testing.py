@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mdiff.core import record, registry
 from mdiff.core.errors import MdiffError
 from mdiff.core.hooks import DataSet, Media, Model, ModelCard, PluginInfo, Request, Task
 from mdiff.core.host import KINDS, Host, current
+
+if TYPE_CHECKING:
+    from mdiff.core.pipeline import Moment
 
 TEXT = "a small test"
 """What the checks ask models for."""
@@ -177,12 +180,25 @@ def _runs(subject: _Subject) -> str:
         expect(card.id in subject.models, f"{card.id} is not built")
         request, model = subject.models[card.id]
         sample = generate(model, card, request, host=subject.host)
-        again = generate(model, card, request, host=subject.host)
+        again = generate(model, card, request, host=subject.host, on_step=_preview)
         for key, value in sample.items():
             expect(_finite(value), f"{card.id}: {key!r} of its sample is not finite")
             expect(_same(value, again[key]), f"{card.id}: the same request twice gives two outputs")
         subject.samples[card.id] = sample
     return f"{len(subject.cards)} finite, and the same twice"
+
+
+def _preview(moment: "Moment") -> None:
+    look, x0 = moment.stage.preview, moment.state.x0
+    if look is not None and x0 is not None:
+        _picture(look(x0), f"the preview of stage {moment.stage.name!r}")
+
+
+def _picture(picture: Any, what: str) -> None:
+    from PIL.Image import Image
+
+    expect(isinstance(picture, Image), f"{what} is {type(picture).__name__}, not a Pillow image")
+    expect(min(picture.size) > 0, f"{what} has no pixels")
 
 
 def _seeds(subject: _Subject) -> str:
@@ -226,6 +242,8 @@ def _round_trip(media: Media, sample: Mapping[str, Any], made: Mapping[str, Any]
         media.write(path, sample, made, made["request"]["options"])
         left = sorted(entry.name for entry in Path(folder).iterdir())
         expect(left == [path.name], f"writing {media.suffix} leaves {left}, not one file")
+        if media.thumbnail is not None:
+            _picture(media.thumbnail(sample), f"the thumbnail of {media.suffix}")
         back = media.read(path)
         expect(set(sample) <= set(back), f"reading {media.suffix} gives {set(back)}")
         found = media.read_record(path)

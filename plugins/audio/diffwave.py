@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mdiff.core import samplers
@@ -22,6 +23,7 @@ from mdiff.core.noise import Noise
 from mdiff.core.samplers import Memory, Sampler
 from mdiff.core.schedules import Schedule, Time
 from mdiff.plugins.audio.nets.diffwave import DiffWave
+from mdiff.plugins.audio.spectrogram import thumbnail
 
 
 def linear(start: float = 1e-4, end: float = 0.05, steps: int = 50) -> Tensor:
@@ -166,7 +168,10 @@ def stage(net: DiffWave, config: Mapping[str, Any]) -> Stage:
             audio = audio[:, : _samples(request, rate)]
         return {"sample": {"audio": audio, "rate": rate}}
 
-    return Stage(name="waveform", prepare=prepare, denoiser=denoiser, finish=finish)
+    def draw(x0: Tensor) -> Image:
+        return thumbnail({"audio": x0[0], "rate": rate})
+
+    return Stage(name="waveform", prepare=prepare, denoiser=denoiser, finish=finish, preview=draw)
 
 
 Form = Callable[[Request, Mapping[str, Any], int, Mapping[str, Any]], tuple[int, dict[str, Tensor]]]

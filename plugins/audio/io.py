@@ -21,6 +21,7 @@ from mdiff.core.errors import IntegrityError, MdiffError, MissingError, NonFinit
 from mdiff.core.hooks import Media
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 log = logging.getLogger("mdiff")
@@ -186,8 +187,22 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def thumbnail(sample: Mapping[str, Any]) -> Image:
+    """A picture of a sample: its spectrogram."""
+    from mdiff.plugins.audio import spectrogram
+
+    return spectrogram.thumbnail(sample)
+
+
 MEDIA = tuple(
-    Media(suffix=suffix, write=write, read=read, read_record=read_record, default=suffix == ".wav")
+    Media(
+        suffix=suffix,
+        write=write,
+        read=read,
+        read_record=read_record,
+        default=suffix == ".wav",
+        thumbnail=thumbnail,
+    )
     for suffix in KINDS
 )
 """The kinds of file of this modality."""

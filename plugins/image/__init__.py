@@ -11,6 +11,7 @@ from mdiff.core.hooks import API, Media, Metric, Model, ModelCard, PluginInfo, T
 from mdiff.plugins.image import io
 
 if TYPE_CHECKING:
+    import click
     import torch
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -48,6 +49,13 @@ def mdiff_metrics() -> Mapping[str, Callable[[], Metric]]:
     from mdiff.plugins.image import metrics
 
     return metrics.METRICS
+
+
+@hookimpl
+def mdiff_commands() -> Sequence[click.Command]:
+    from mdiff.plugins.image import commands
+
+    return [commands.latent_rgb]
 
 
 @hookimpl

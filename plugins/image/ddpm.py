@@ -15,6 +15,7 @@ from mdiff.core.errors import UsageError, nearest
 from mdiff.core.guidance import clamp
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
 from mdiff.core.nn.unet import UNet
+from mdiff.plugins.image.io import to_pillow
 
 
 def to_signed(pixels: Tensor) -> Tensor:
@@ -112,5 +113,11 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         assert x is not None  # a stage with a denoiser is given its sample
         return {"sample": {"image": to_picture(x)}}
 
-    stage = Stage(name="image", prepare=prepare, denoiser=denoise, finish=finish)
+    stage = Stage(
+        name="image",
+        prepare=prepare,
+        denoiser=denoise,
+        finish=finish,
+        preview=lambda x0: to_pillow(to_picture(x0)),
+    )
     return Model(modules={"unet": unet}, stages=(stage,))

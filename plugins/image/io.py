@@ -102,6 +102,11 @@ def to_pillow(image: Tensor) -> Image:
     return fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
+def thumbnail(sample: Mapping[str, Any]) -> Image:
+    """A sample as a picture to look at, which it is. Raises as `write`."""
+    return to_pillow(sample["image"])
+
+
 def parameters(made: Mapping[str, Any], size: tuple[int, int]) -> str:
     """The text in which tools around Stable Diffusion say how a picture was made."""
     request = made["request"]
@@ -285,7 +290,14 @@ def fitted(image: Tensor, size: int) -> Tensor:
 
 
 MEDIA = tuple(
-    Media(suffix=suffix, write=write, read=read, read_record=read_record, default=suffix == ".png")
+    Media(
+        suffix=suffix,
+        write=write,
+        read=read,
+        read_record=read_record,
+        default=suffix == ".png",
+        thumbnail=thumbnail,
+    )
     for suffix in KINDS
 )
 """The kinds of file of this modality."""

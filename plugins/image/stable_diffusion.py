@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.plugins.image.ddpm import denoiser, size_of, to_picture
+from mdiff.plugins.image.latent_rgb import picture
 
 
 def token_states(encoder: TextEncoder, texts: Sequence[str], length: int) -> Tensor:
@@ -37,6 +39,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         predicts, time, schedule: as in `ddpm`.
         latent_scale: what latents are multiplied with for the UNet.
         unet, autoencoder: arguments of the networks.
+        latent_rgb: the map from latents to colours that previews are made with, none where not said.
     """
     config = card.config
     encoder = text_encoder(config["text_encoder"])
@@ -62,6 +65,9 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         assert x is not None  # a stage with a denoiser is given its sample
         return {"latent": x.float() / config["latent_scale"]}
 
+    def draw(x0: Tensor) -> Image:
+        return picture(x0 / config["latent_scale"], config["latent_rgb"], autoencoder.factor)
+
     def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
         return Problem(shape=())
 
@@ -74,7 +80,11 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         modules={"unet": unet, "autoencoder": autoencoder},
         stages=(
             Stage(
-                name="latent", prepare=prepare, denoiser=denoiser(card, unet), finish=keep_latent
+                name="latent",
+                prepare=prepare,
+                denoiser=denoiser(card, unet),
+                finish=keep_latent,
+                preview=draw if "latent_rgb" in config else None,
             ),
             Stage(name="image", prepare=no_problem, denoiser=None, finish=decode),
         ),
