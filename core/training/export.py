@@ -14,11 +14,12 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
 import torch
 from torch import Tensor
 
 import mdiff
-from mdiff.core import data, pipeline, record, registry, toml, weights
+from mdiff.core import data, pipeline, record, registry, weights
 from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
 from mdiff.core.hooks import File, Model, ModelCard, Option
 from mdiff.core.host import Host
@@ -81,7 +82,7 @@ def entry(card: ModelCard) -> str:
         "files": [_given(file) for file in card.files],
         "measured": card.measured,
     }
-    return toml.dumps({"models": {card.id: table}})
+    return tomli_w.dumps({"models": {card.id: table}})
 
 
 def _given(row: Option | File) -> dict[str, Any]:

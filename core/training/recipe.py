@@ -16,7 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mdiff.core import registry, toml
+import tomli_w
+
+from mdiff.core import registry
 from mdiff.core.errors import MissingError, UsageError, nearest
 from mdiff.core.hooks import ModelCard, Request
 from mdiff.core.registry import Checker, Registry
@@ -304,7 +306,7 @@ def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _said(value: Any) -> str:
-    return "not set" if value is None else toml.value(value)
+    return "not set" if value is None else json.dumps(value)
 
 
 # --- to and from tables ---------------------------------------------------------------------------
@@ -356,7 +358,7 @@ def to_table(recipe: Recipe) -> dict[str, Any]:
 
 def to_toml(recipe: Recipe) -> str:
     """A recipe as the text of a file, with all that holds by default; `read` gives it back exactly."""
-    return toml.dumps(to_table(recipe))
+    return tomli_w.dumps(to_table(recipe))
 
 
 def overridden(recipe: Recipe, pairs: Sequence[str]) -> Recipe:

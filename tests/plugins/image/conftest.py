@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import save_file
 
-from mdiff.core import registry, toml
+from mdiff.core import registry
 from mdiff.core.hooks import ModelCard
 from mdiff.plugins.image import mdiff_build
 
@@ -102,7 +103,7 @@ def folder(tmp_path: Path, card: Callable[..., ModelCard]) -> Callable[..., Path
             about = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             files.append({"name": path.name, "module": name, **about})
         models = {f"image/{system}": entry | {"files": files}}
-        (at / "registry.toml").write_text(toml.dumps({"models": models}))
+        (at / "registry.toml").write_text(tomli_w.dumps({"models": models}))
         return at
 
     return make
