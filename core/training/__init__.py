@@ -1,1 +1,1 @@
-"""Training: what a recipe says, put together (`run`) and trained (`loop`), with averages, checkpoints, logs and exports."""
+"""Training: what a recipe says, put together (`run`) and trained (`loop`); averages, checkpoints, logs and exports."""
