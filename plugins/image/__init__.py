@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdiff.core.errors import UsageError, nearest
-from mdiff.core.hooks import API, Media, Metric, Model, ModelCard, PluginInfo, Task, hookimpl
+from mdiff.core.hooks import (
+    API,
+    DataSet,
+    Media,
+    Metric,
+    Model,
+    ModelCard,
+    PluginInfo,
+    Task,
+    hookimpl,
+)
 from mdiff.plugins.image import io
 
 if TYPE_CHECKING:
@@ -42,6 +52,13 @@ def mdiff_train(card: ModelCard, model: Model, part: str, settings: Mapping[str,
 @hookimpl
 def mdiff_recipes() -> Mapping[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
+
+
+@hookimpl
+def mdiff_datasets() -> Mapping[str, DataSet]:
+    from mdiff.plugins.image import data
+
+    return data.DATASETS
 
 
 @hookimpl
