@@ -24,7 +24,9 @@ def frechet(made: Rows, reference: Rows) -> float:
         centred = (rows - means[-1]) / np.sqrt(max(1, len(rows) - 1))
         traces.append(float((centred**2).sum()))
         # R of a QR has the same R^T R = X^T X in fewer rows.
-        roots.append(np.linalg.qr(centred, mode="r") if len(rows) > rows.shape[1] else centred)
+        roots.append(
+            np.asarray(np.linalg.qr(centred, mode="r")) if len(rows) > rows.shape[1] else centred
+        )
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     return float(((means[0] - means[1]) ** 2).sum() + sum(traces) - 2 * shared)
 

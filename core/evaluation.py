@@ -566,7 +566,7 @@ def _number(value: float) -> float | None:
 
 def _details(samples: Sequence[Sample], measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
     """Each sample with what it was asked for and its short rows."""
-    details = [
+    details: list[dict[str, Any]] = [
         {
             "file": sample.path.name,
             "example": sample.example.path.name,
@@ -579,7 +579,7 @@ def _details(samples: Sequence[Sample], measured: Mapping[str, Measured]) -> lis
     for name, found in measured.items():
         if found.rows.shape[1] <= KEPT:
             for k, row in zip(found.of, found.rows, strict=True):
-                details[k]["rows"][name] = [round(float(x), 6) for x in row]  # type: ignore[index]
+                details[k]["rows"][name] = [round(float(x), 6) for x in row]
     return details
 
 

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdiff.core import data, record, request
+from mdiff.core import data, record, request, weights
 from mdiff.core.hooks import Example, text_encoder
 from mdiff.core.training.draws import generator
 from mdiff.plugins.image import io
 from mdiff.plugins.image.metrics import ENCODER, Scorer, found_among
 from mdiff.plugins.image.nets import efficientnet
 
-VIEWS = 4
-"""Sets of features of the training pictures, the first of them as they are."""
+VIEWS, WORDINGS = 3, 4
+"""Sets of features of the training pictures, the first of them as they are; captions of each."""
 BATCH, RATE, DECAY = 768, 1e-3, 0.05
 
 
@@ -108,9 +108,9 @@ def _batches(examples: Sequence[Example], view: int, batch: int) -> Iterator[Ten
 
 
 def wordings(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Pooled vectors (N, W, D) of the first W wordings that all have, and their numbers (N, W)."""
+    """Pooled vectors (N, W, D) of the first wordings, as many as all have, and their numbers (N, W)."""
     encode = text_encoder(ENCODER).encode
-    count = min(len(e.texts) for e in examples)
+    count = min(WORDINGS, *(len(e.texts) for e in examples))
     numbers: dict[str, int] = {}
     names = torch.tensor(
         [[numbers.setdefault(t, len(numbers)) for t in e.texts[:count]] for e in examples]
@@ -135,18 +135,16 @@ def main(arguments: list[str] | None = None) -> int:
     # Whether the last digits are right is nothing to a scorer that sees pictures changed.
     half = request.precision("auto", "cpu") == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        made = [features(split["train"], view, options.cache) for view in range(VIEWS)]
-    views = torch.stack(made)
+        views = torch.stack([features(split["train"], k, options.cache) for k in range(VIEWS)])
+        learnt = wordings(split["train"])
     unseen = features(split["held_out"], 0, options.cache)
-    captions = {name: wordings(examples) for name, examples in split.items()}
+    captions = {"train": learnt, "held_out": wordings(split["held_out"])}
     began = time.monotonic()
     net = train(views, *captions["train"], options.steps, options.seed)
     seconds = time.monotonic() - began
-    state = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items()}
-    from safetensors.torch import save_file
-
+    state = {name: tensor.half() for name, tensor in net.state_dict().items()}
     with record.atomic_write(options.out) as path:
-        save_file(state, str(path))
+        weights.write(path, state)
     net.load_state_dict(state)
     plain = {name: texts[:, 0] for name, (texts, _) in captions.items()}
     shares = {

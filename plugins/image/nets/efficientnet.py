@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 import torch
 import torch.nn.functional as F
@@ -113,18 +113,21 @@ def installed() -> EfficientNetLite0:
         re.sub(r"(^|\.)_", r"\1", name): tensor for name, tensor in pth.tensors(path).items()
     }
     weights.fill(net, tensors, path.name)
-    return fused(net.eval().requires_grad_(False)).to(memory_format=torch.channels_last)
+    net = fused(net.eval().requires_grad_(False))
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fused(net: EfficientNetLite0) -> EfficientNetLite0:
     """The network with its norms inside its convolutions: the same numbers in less time."""
-    pairs = [(net, "conv_stem", "bn0"), (net, "conv_head", "bn1")]
-    for block in net.blocks:
-        if block.wider:
-            pairs.append((block, "expand_conv", "bn0"))
-        pairs += [(block, "depthwise_conv", "bn1"), (block, "project_conv", "bn2")]
-    for module, conv, norm in pairs:
-        whole = fuse_conv_bn_eval(module.get_submodule(conv), module.get_submodule(norm))
+    found: list[tuple[nn.Module, str, str]] = [(net, "conv_stem", "bn0"), (net, "conv_head", "bn1")]
+    for block in net.blocks.children():
+        pairs = [("expand_conv", "bn0"), ("depthwise_conv", "bn1"), ("project_conv", "bn2")]
+        found += [(block, *pair) for pair in pairs if pair[0] in dict(block.named_children())]
+    for module, conv, norm in found:
+        whole = fuse_conv_bn_eval(
+            cast(Conv, module.get_submodule(conv)),
+            cast(nn.BatchNorm2d, module.get_submodule(norm)),
+        )
         module.add_module(conv, whole)
         module.add_module(norm, nn.Identity())
     return net
