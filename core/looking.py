@@ -7,6 +7,7 @@ in Pillow's own font. The same outputs give the same bytes.
 import math
 import time
 import unicodedata
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -134,9 +135,13 @@ class Show:
         if look is None or x0 is None or not (last or time.monotonic() - self.at > EVERY):
             return
         assert self.preview is not None  # `step` has looked
-        name = next(job.path.stem for job in self.jobs if job.request == moment.request)
-        path = self.preview if self.one_file else self.preview / f"{name}.png"
-        save(fitted(look(x0), 512), path)
+        job = next((job for job in self.jobs if job.request == moment.request), self.jobs[0])
+        path = self.preview if self.one_file else self.preview / f"{job.path.stem}.png"
+        try:
+            save(fitted(look(x0), 512), path)
+        except MdiffError as error:  # what is being made matters more
+            self.preview = None
+            self.say(f"no more previews: {error}")
         self.at = time.monotonic()
 
     def add(self, output: "Output") -> None:
@@ -157,7 +162,7 @@ class Show:
 
     def _thumbnail(self, output: "Output") -> Image.Image:
         """What is in the file of an output, so that one made before counts as well."""
-        (media,) = {job.media.suffix: job.media for job in self.jobs}.values()
+        media = self.jobs[0].media
         with self.host.blame(output.card.plugin, f"drawing {output.path.name}"):
             assert media.thumbnail is not None  # `__init__` has looked
             return media.thumbnail(media.read(output.path))
@@ -418,7 +423,8 @@ def wrapped(text: str, width: float, most: int) -> list[str]:
     """
     rest, lines = " ".join(printable(text).split()), []
     while rest and len(lines) < most:
-        fits = next((i for i in range(len(rest), 1, -1) if _length(rest[:i]) <= width), 1)
+        fits = bisect(range(len(rest) + 1), width, key=lambda i: _length(rest[:i])) - 1
+        fits = max(1, fits)
         if fits == len(rest):
             return [*lines, rest]
         if len(lines) + 1 == most:

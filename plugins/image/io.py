@@ -211,13 +211,16 @@ def _values(picture: Image) -> Tensor:
         # whole numbers are 16 bits deep if they fit; floats have whichever of the usual ranges does
         tops = (1.0, 255.0, 65_535.0) if picture.mode == "F" else (65_535.0,)
         top = next((top for top in tops if peak <= top), peak)
-        return torch.from_numpy(np.nan_to_num(deep / top).clip(0, 1))[None]
+        values = [np.nan_to_num(deep / top).clip(0, 1)]
+        if isinstance(clear := picture.info.get("transparency"), int):
+            values.append((deep != clear).astype(np.float32))
+        return torch.from_numpy(np.stack(values))
     transparent = picture.has_transparency_data
     grey = picture.mode in ("1", "L", "LA", "La")
-    if not transparent and not grey:
-        picture = _in_srgb(picture)
-    mode = {(True, True): "LA", (True, False): "L", (False, True): "RGBA", (False, False): "RGB"}
-    picture = _converted(picture, mode[grey, transparent])
+    mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
+    if picture.mode != "CMYK":  # whose colours are right by its profile alone
+        picture = _converted(picture, mode)
+    picture = _converted(picture if grey else _in_srgb(picture), mode)
     pixels = torch.from_numpy(np.array(picture)).float() / 255
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
@@ -230,22 +233,23 @@ def _converted(picture: Image, mode: str) -> Image:
 
 
 def _in_srgb(picture: Image) -> Image:
-    """A picture without alpha as RGB, by its colour profile where it has one that can be used."""
+    """A picture in RGB, RGBA or CMYK as its colour profile has it, where that can be used; itself otherwise."""
     from PIL import ImageCms
 
     profile = picture.info.get("icc_profile")
-    if not profile or picture.mode not in ("RGB", "CMYK"):
-        return picture.convert("RGB")
+    if not profile:
+        return picture
+    to = "RGB" if picture.mode == "CMYK" else picture.mode
     try:
         own = ImageCms.getOpenProfile(BytesIO(profile))
-        if picture.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(own):
+        if picture.mode == to and "sRGB" in ImageCms.getProfileDescription(own):
             return picture
         converted = ImageCms.profileToProfile(
-            picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            picture, own, ImageCms.createProfile("sRGB"), outputMode=to
         )
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return picture.convert("RGB")
-    return converted or picture.convert("RGB")
+        return picture
+    return converted or picture
 
 
 LUMA = (0.299, 0.587, 0.114)

@@ -1,6 +1,8 @@
 """Picture files: what goes in comes out, records inside, and every odd picture that people have."""
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,77 @@ def test_a_colour_profile_counts(tmp_path: Path) -> None:
     # damaged profiles are as none
     image = io.read(saved(tmp_path / "b.png", plain, icc_profile=b"nonsense"))["image"]
     assert (image[:, 0, 0] * 255).round().tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_of_another_profile_become_those_of_srgb(tmp_path: Path, mode: str) -> None:
+    # sRGB with the primaries of red and green exchanged, under another name
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = {profile[at : at + 4]: at for at in range(132, 132 + 12 * profile[131], 12)}
+    red, green = (profile[tags[tag] : tags[tag] + 12] for tag in (b"rXYZ", b"gXYZ"))
+    other = profile.replace(red, b"rXYZ" + green[4:]).replace(green, b"gXYZ" + red[4:])
+    other = other.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+    picture = Image.new("RGBA", (4, 4), (200, 100, 50, 102))
+    picture = picture.convert("RGB").quantize(4) if mode == "P" else picture.convert(mode)
+    path = saved(tmp_path / "a.png", picture, icc_profile=other)
+    colours = io.read(path, 4)["image"][:, 0, 0] * 255
+    alpha = 102 if mode == "RGBA" else 255
+    assert colours.tolist() == pytest.approx([100, 200, 50, alpha], abs=2)
+
+
+def deep_png(
+    path: Path, values: list[list[int]], colour: int, *chunks: tuple[bytes, bytes]
+) -> Path:
+    """A row of pixels 16 bits deep, which Pillow reads and does not write; `colour` is the type of PNG's header."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    row = b"\0" + b"".join(struct.pack(f">{len(pixel)}H", *pixel) for pixel in values)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", len(values), 1, 16, colour, 0, 0, 0)), *chunks]
+    parts += [(b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    return path
+
+
+def test_sixteen_bits_with_colour_and_alpha(tmp_path: Path) -> None:
+    path = deep_png(tmp_path / "rgb.png", [[65535, 6554, 0]], 2)
+    assert io.read(path)["image"][:, 0, 0].tolist() == pytest.approx([1, 0.1, 0], abs=0.005)
+    path = deep_png(tmp_path / "rgba.png", [[65535, 0, 0, 32768]], 6)
+    assert io.read(path, 4)["image"][:, 0, 0].tolist() == pytest.approx([1, 0, 0, 0.5], abs=0.005)
+    path = deep_png(tmp_path / "la.png", [[6554, 65535], [6554, 0]], 4)
+    assert io.read(path)["image"][0, 0].tolist() == pytest.approx([0.1, 1], abs=0.005)
+    clear = (b"tRNS", struct.pack(">H", 6554))
+    path = deep_png(tmp_path / "l.png", [[6554], [13107]], 0, clear)
+    assert io.read(path)["image"][0, 0].tolist() == pytest.approx([1, 0.2], abs=1e-5)
+
+
+def test_sixteen_bits_the_other_way_round(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.array([[6554, 65535]], ">u2"))
+    assert io.read(saved(tmp_path / "a.tiff", deep))["image"][0, 0].tolist() == pytest.approx(
+        [0.1, 1], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_rotation_in_other_files_than_jpeg(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the left column, from below, is the top row
+    stored = Image.new("RGB", (4, 2), "white")
+    stored.putpixel((0, 1), (0, 0, 0))
+    settings = {"lossless": True} if suffix == "webp" else {}
+    image = io.read(saved(tmp_path / f"a.{suffix}", stored, exif=exif, **settings))["image"]
+    assert image.shape == (3, 4, 2) and image[0, 0].tolist() == [0, 1] and image[0, 1:].min() == 1
+
+
+def test_transparent_frames_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGBA", (8, 8), (255, 0, 0, alpha)) for alpha in (102, 255)]
+    for suffix, settings in (("webp", {"lossless": True}), ("png", {})):
+        path = tmp_path / f"a.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], **settings)
+        assert io.read(path)["image"][:, 0, 0].tolist() == pytest.approx([1, 0.6, 0.6])
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
