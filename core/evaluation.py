@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,6 @@ class Evaluation:
 
     def to_json(self, *, samples: bool = True) -> dict[str, Any]:
         """JSON values, with or without the rows of each sample."""
-        one = {"name": "", "fields": {}, "figures": []} | ({"samples": []} if samples else {})
         return {
             "schema": 1,
             "mdiff": mdiff.__version__,
@@ -130,7 +130,6 @@ class Evaluation:
             "examples": self.examples,
             "models": [
                 {
-                    **one,
                     "name": judged.name,
                     "fields": dict(judged.fields),
                     "figures": [asdict(figure) for figure in judged.figures.values()],
@@ -178,9 +177,10 @@ def evaluate(
         MissingError, IntegrityError, PluginError: as those that are asked.
     """
     host = registry.host
-    card = registry.resolve(models[0])
-    media = host.media(card.plugin)
-    found = data.examples(folder, [m.suffix for m in media])
+    plugin = registry.resolve(models[0]).plugin
+    media = host.media(plugin)
+    kinds = [m.suffix for m in media]
+    found = data.examples(folder, kinds)
     whole = [example for example in found if example.split == split]
     if not whole:
         splits = sorted({example.split for example in found})
@@ -188,67 +188,33 @@ def evaluate(
             f"{folder} has no example of the split {split!r}; its splits: {', '.join(splits)}"
         )
     chosen = [whole[k] for k in np.random.default_rng(0).permutation(len(whole))[:count]]
-    asked, left_out = choose(host, card.plugin, metrics)
-    if made is not None:
-        subjects: list[tuple[str, list[Sample]]] = [
-            (
-                str(made),
-                [
-                    Sample(path=e.path, example=e)
-                    for e in data.examples(made, [m.suffix for m in media])[:count]
-                ],
-            )
-        ]
-    else:
-        subjects = [
-            (
-                model,
-                make(
-                    model, chosen, registry, out, seed=seed, fields=fields, on_progress=on_progress
-                ),
-            )
-            for model in models
-        ]
-    judged_examples = [sample.example for _, samples in subjects for sample in samples]
-    for name, metric in list(asked.items()):
-        if not any(metric.applies(example) for example in judged_examples):
-            if metrics:
-                raise UsageError(f"{name} ({metric.summary}) applies to no example of {folder}")
-            left_out[name] = "applies to none of the examples"
-            del asked[name]
+    answered = chosen if made is None else data.examples(made, kinds)[:count]
+    asked, left_out = _applicable(*choose(host, plugin, metrics), answered, strict=bool(metrics))
     for name, reason in left_out.items():
         say(f"left out: {name}: {reason}")
-    keep = out / "rows"
+    subjects = (
+        [(str(made), _files(answered))]
+        if made is not None
+        else [
+            (model, make(model, chosen, registry, out, seed, fields, on_progress))
+            for model in models
+        ]
+    )
+    see = partial(measure, media=media, host=host, on_progress=on_progress)
+    seen = [see(asked, samples, what=f"files of {name}") for name, samples in subjects]
 
-    def see(
-        what: str, chosen_metrics: Mapping[str, Metric], examples: Sequence[Example]
-    ) -> dict[str, Measured]:
-        samples = [Sample(path=e.path, example=e) for e in examples]
-        return measure(
-            chosen_metrics,
-            samples,
-            media,
-            host,
-            what=what,
-            keep=keep,
-            on_progress=on_progress,
-            say=say,
-        )
-
+    keep = partial(see, keep=out / "rows", say=say)
     alone = {name: metric for name, metric in asked.items() if metric.reference is None}
     sets = {name: metric for name, metric in asked.items() if metric.reference is not None}
     trained = {name: metric for name, metric in sets.items() if metric.reference == "train"}
-    real = see("real files", alone, chosen) | see("real files", sets, whole)
-    train = see(
-        "training files", trained, [e for e in found if e.split == "train"] if trained else []
-    )
-    judged = []
-    for name, samples in subjects:
-        measured = measure(
-            asked, samples, media, host, what=f"files of {name}", on_progress=on_progress
-        )
-        on_progress("figures", 0, len(asked))
-        judged.append(judge(name, asked, samples, measured, real, train, seed, fields or {}))
+    real = keep(alone, _files(chosen), what="real files")
+    real |= keep(sets, _files(whole), what="real files")
+    train = keep(trained, _files([e for e in found if e.split == "train"]), what="training files")
+    on_progress("figures", 0, len(asked) * len(subjects))
+    judged = [
+        judge(name, asked, samples, rows, real, train, seed, fields or {})
+        for (name, samples), rows in zip(subjects, seen, strict=True)
+    ]
     result = Evaluation(
         judged=tuple(judged),
         differences=tuple(differences(*judged)) if len(judged) == 2 else (),
@@ -256,11 +222,37 @@ def evaluate(
         data=str(folder),
         split=split,
         seed=seed,
-        examples=len(judged[0].samples),
+        examples=len(answered),
     )
     with record.atomic_write(out / NAME) as path:
         path.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _files(examples: Sequence[Example]) -> list[Sample]:
+    """Examples as answers to themselves."""
+    return [Sample(path=example.path, example=example) for example in examples]
+
+
+def _applicable(
+    metrics: Mapping[str, Metric],
+    left_out: Mapping[str, str],
+    examples: Sequence[Example],
+    *,
+    strict: bool,
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """The metrics that can be asked of some example, and the others with the reason; `strict` where they were named."""
+    fit = {name: m for name, m in metrics.items() if any(m.applies(e) for e in examples)}
+    others = {name: metric for name, metric in metrics.items() if name not in fit}
+    for name, metric in others.items():
+        if strict:
+            raise UsageError(f"{name} ({metric.summary}) applies to none of the examples")
+    left_out = {**left_out, **dict.fromkeys(others, "applies to none of the examples")}
+    if not fit:
+        raise UsageError(
+            "no metric is left: " + "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        )
+    return fit, left_out
 
 
 def choose(
@@ -317,7 +309,6 @@ def make(
     examples: Sequence[Example],
     registry: Registry,
     out: Path,
-    *,
     seed: int = 0,
     fields: Mapping[str, Any] | None = None,
     on_progress: OnProgress = lambda what, done, total: None,

@@ -289,7 +289,7 @@ def test_each_kind_of_reference_gets_its_rows(toy_registry, metrics, folder, tmp
     assert (many.value, many.low) == (None, None) and many.warning == "needs 5 samples and has 4"
     assert figures["toy/wet"].samples == 2
     assert result.left_out == {"toy/dry": "applies to none of the examples"}
-    with pytest.raises(UsageError, match="toy/dry .* applies to no example"):
+    with pytest.raises(UsageError, match="toy/dry .* applies to none of the examples"):
         evaluation.evaluate(["toy"], toy_registry, folder, tmp_path / "out", metrics=["dry"])
 
 
