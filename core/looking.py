@@ -135,7 +135,7 @@ class Show:
         if look is None or x0 is None or not (last or time.monotonic() - self.at > EVERY):
             return
         assert self.preview is not None  # `step` has looked
-        job = next((job for job in self.jobs if job.request == moment.request), self.jobs[0])
+        job = next(job for job in self.jobs if job.request == moment.request)
         path = self.preview if self.one_file else self.preview / f"{job.path.stem}.png"
         try:
             save(fitted(look(x0), 512), path)

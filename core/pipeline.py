@@ -71,11 +71,11 @@ class Moment:
         rest = self.model.stages[self.number + 1 :]
         if self.state.x0 is None or any(stage.denoiser is not None for stage in rest):
             return None
-        carry = dict(self.carry)
-        carry |= self.stage.finish(self.request, self.problem, self.state.x0, carry)
+        carry, request = dict(self.carry), tasks.first(self.request)
+        carry |= self.stage.finish(request, self.problem, self.state.x0, carry)
         for stage in rest:
-            problem = stage.prepare(self.request, carry)
-            carry |= stage.finish(self.request, problem, None, carry)
+            problem = stage.prepare(request, carry)
+            carry |= stage.finish(request, problem, None, carry)
         return carry["sample"]
 
 
@@ -332,7 +332,7 @@ def generate(
             if stage.denoiser is not None:
                 here = partial(
                     Moment,
-                    request=request,
+                    request=asked,
                     model=model,
                     number=number,
                     problem=problem,

@@ -1,10 +1,10 @@
 """The plugin's own commands: `mdiff image COMMAND`."""
 
+import json
 from pathlib import Path
 
 import click
 
-from mdiff.core import toml
 from mdiff.core.errors import UsageError
 
 
@@ -32,5 +32,5 @@ def latent_rgb(model: str, data: Path, count: int) -> None:
     if not isinstance(autoencoder, AutoencoderKL):
         raise UsageError(f"{card.id} has no autoencoder: what it denoises are pictures already")
     found = fit_to_folder(autoencoder, card.config, data, count)
-    click.echo(f"latent_rgb = {toml.value(found.table)}")
+    click.echo(f"latent_rgb = {json.dumps(found.table)}")
     click.echo(f"it explains {found.explained:.1%} of the colours' variance", err=True)

@@ -73,6 +73,13 @@ def test_outputs_made_before_are_on_the_sheet_too(mdiff):
     assert Path("a.png").read_bytes() == Path("whole.png").read_bytes()
 
 
+def test_weighted_texts_are_one_output_like_any_other(mdiff):
+    looks = ("--trajectory", "strip", "--preview", "now", "--sheet", "a.png")
+    weighted = ("run", "toy", "--text", "rain :2 | snow :-1", "--seed", 3, "--out", "a")
+    code, out, err = mdiff(*weighted, *looks)
+    assert code == 0 and files("now") == [f"{Path(out.strip()).stem}.png"], err
+
+
 @pytest.mark.parametrize("suffix", [".webp", ".jpg"])
 def test_a_sheet_of_one_output_in_another_kind_of_file(mdiff, suffix):
     assert mdiff(*RAIN, "--sheet", f"one{suffix}")[0] == 0
@@ -337,7 +344,7 @@ def test_pace_counts_outputs_and_parts_of_them(toy, toy_registry, monkeypatch):
     monkeypatch.setattr(looking.time, "monotonic", lambda: next(now) / 4)
     card = toy_registry.resolve("toy")
     common = {"steps": 3, "precision": "fp32", "options": {"gain": 1.0, "digits": 7}}
-    requests = [ask(seed=seed, **common) for seed in (1, 2, 3)]
+    requests = [ask(seed=seed, text="rain :2 | snow :-1", **common) for seed in (1, 2, 3)]
     model = pipeline.open_model(card, requests[0], toy)
     pace, seen = looking.Pace(requests), []
 
