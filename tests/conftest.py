@@ -21,7 +21,7 @@ system = "Gauss"
 summary = "Numbers around a mean"
 licence = "MIT"
 source = "made up"
-accepts = ["text", "negative", "duration"]
+accepts = ["text", "negative", "duration", "input", "mask", "operator"]
 [models."toy/gauss".config]
 [models."toy/gauss".defaults]
 steps = 6

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mdiff.core import schedules
+from mdiff.core import schedules, tasks
 from mdiff.core.denoiser import Denoiser
 from mdiff.core.hooks import Model, Problem, Stage, Task, TextStates, text_encoder
 
@@ -35,6 +35,12 @@ class Encoder:
         return TextStates(pooled, torch.zeros(len(texts), length, 3), mask)
 
 
+def fitted(sample, shape):
+    """The numbers of a file in a shape (1, N), as they are or resampled: (1, 1, N)."""
+    values = sample["values"].float().reshape(1, 1, -1)
+    return torch.nn.functional.interpolate(values, size=shape[-1], mode="linear")
+
+
 def build(config, device, dtype):
     net = Net().to(device, dtype)
     encode = text_encoder("toy/letters").encode
@@ -43,8 +49,13 @@ def build(config, device, dtype):
         mean = encode([request.text or "x"]).pooled
         away = encode([request.negative]).pooled if request.negative else torch.zeros(1, 1)
         shape = (1, max(1, round((request.duration or 1) * RATE)))
-        problem = Problem(shape=shape, cond={"mean": mean}, uncond={"mean": away}, copies=2)
-        return problem
+        return Problem(
+            shape=shape,
+            cond={"mean": mean},
+            uncond={"mean": away},
+            given=tasks.given(request, carry, shape, fitted, middle=0.5),
+            copies=2,
+        )
 
     def choose(request, problem, x, carry):
         # of the two candidates, the one with the larger sum
