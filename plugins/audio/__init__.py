@@ -21,6 +21,7 @@ from mdiff.core.hooks import (
 from mdiff.plugins.audio import io
 
 if TYPE_CHECKING:
+    import click
     import torch
 
 
@@ -63,6 +64,13 @@ def mdiff_metrics() -> Mapping[str, Callable[[], Metric]]:
     from mdiff.plugins.audio import metrics
 
     return metrics.METRICS
+
+
+@hookimpl
+def mdiff_commands() -> Sequence[click.Command]:
+    from mdiff.plugins.audio import commands
+
+    return [commands.latent_map]
 
 
 @hookimpl

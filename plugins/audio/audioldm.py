@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from mdiff.core import schedules
+from mdiff.core import latent_map, schedules
 from mdiff.core.denoiser import Denoiser
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
+from mdiff.plugins.audio import spectrogram
 from mdiff.plugins.audio.nets.joint import JointEmbedding
 from mdiff.plugins.audio.nets.mel import HOP, RATE
 from mdiff.plugins.audio.nets.vocoder import MelInverter, griffin_lim
@@ -48,7 +50,11 @@ def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
 
 
 def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
-    """The model of a card, with random weights; `config` gives the arguments of each network."""
+    """The model of a card, with random weights.
+
+    `config` gives the arguments of each network, and, where there are to be previews, `latent_map` as
+    `mdiff audio latent-map` prints it.
+    """
     config = card.config
     encoder = text_encoder(config["text_encoder"])
     unet = UNet(**config["unet"]).to(device, dtype)
@@ -91,6 +97,10 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         assert x is not None  # a stage with a denoiser is given its sample
         return {"latent": x.float() / config["latent_scale"]}
 
+    def draw(x0: Tensor) -> Image:
+        coarse = latent_map.apply(x0[:1] / config["latent_scale"], config["latent_map"])
+        return spectrogram.drawn(to_mel(coarse)[0], x0.shape[2] * 4 * HOP / RATE)
+
     def decode(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
@@ -107,7 +117,13 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     return Model(
         modules=dict(modules),
         stages=(
-            Stage(name="latent", prepare=prepare, denoiser=denoiser, finish=keep_latent),
+            Stage(
+                name="latent",
+                prepare=prepare,
+                denoiser=denoiser,
+                finish=keep_latent,
+                preview=draw if "latent_map" in config else None,
+            ),
             Stage(name="mel", prepare=no_problem, denoiser=None, finish=decode),
             Stage(name="waveform", prepare=no_problem, denoiser=None, finish=vocode),
         ),

@@ -29,9 +29,13 @@ def thumbnail(sample: Mapping[str, Any]) -> Image.Image:
     """The spectrogram of a sample, all channels as one, the same colour for the same level in each."""
     audio, rate = sample["audio"].detach().float().cpu(), int(sample["rate"])
     wave = io.resampled(io.mixed(audio, 1), rate, RATE)
-    seconds = wave.shape[1] / RATE
     frames = max(8, math.ceil(wave.shape[1] / HOP))
     mel = log_mel(F.pad(wave, (0, frames * HOP - wave.shape[1])))[0]
+    return drawn(mel, wave.shape[1] / RATE)
+
+
+def drawn(mel: Tensor, seconds: float) -> Image.Image:
+    """A log-mel (bands, frames) as a picture; it may be coarser than that of a sample."""
     page = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
     plot = (WIDTH - LEFT, HEIGHT - BELOW)
     page.paste(_coloured(mel.flip(0)).resize(plot, Image.Resampling.BILINEAR), (LEFT, 0))

@@ -72,7 +72,7 @@ def mdiff_metrics() -> Mapping[str, Callable[[], Metric]]:
 def mdiff_commands() -> Sequence[click.Command]:
     from mdiff.plugins.image import commands
 
-    return [commands.latent_rgb]
+    return [commands.latent_map]
 
 
 @hookimpl

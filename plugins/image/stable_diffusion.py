@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+from mdiff.core import latent_map
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.plugins.image.ddpm import denoiser, size_of, to_picture
-from mdiff.plugins.image.latent_rgb import picture
+from mdiff.plugins.image.io import to_pillow
 
 
 def token_states(encoder: TextEncoder, texts: Sequence[str], length: int) -> Tensor:
@@ -39,7 +40,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         predicts, time, schedule: as in `ddpm`.
         latent_scale: what latents are multiplied with for the UNet.
         unet, autoencoder: arguments of the networks.
-        latent_rgb: the map from latents to colours that previews are made with, none where not said.
+        latent_map: as `mdiff image latent-map` prints it, for previews; none where not said.
     """
     config = card.config
     encoder = text_encoder(config["text_encoder"])
@@ -66,7 +67,9 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         return {"latent": x.float() / config["latent_scale"]}
 
     def draw(x0: Tensor) -> Image:
-        return picture(x0 / config["latent_scale"], config["latent_rgb"], autoencoder.factor)
+        colours = latent_map.apply(x0 / config["latent_scale"], config["latent_map"])
+        colours = F.interpolate(colours, scale_factor=autoencoder.factor, mode="bilinear")
+        return to_pillow(to_picture(colours))
 
     def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
         return Problem(shape=())
@@ -84,7 +87,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
                 prepare=prepare,
                 denoiser=denoiser(card, unet),
                 finish=keep_latent,
-                preview=draw if "latent_rgb" in config else None,
+                preview=draw if "latent_map" in config else None,
             ),
             Stage(name="image", prepare=no_problem, denoiser=None, finish=decode),
         ),

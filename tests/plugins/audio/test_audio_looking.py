@@ -4,11 +4,14 @@ import math
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
+from mdiff.core import host as hosts
+from mdiff.core import registry
 from mdiff.core.denoiser import Denoiser
-from mdiff.plugins.audio import diffwave, io, spectrogram
+from mdiff.plugins.audio import commands, diffwave, io, spectrogram
 from mdiff.plugins.audio.nets.diffwave import DiffWave
 
 
@@ -78,6 +81,25 @@ def test_a_stage_of_diffwave_shows_its_waveform() -> None:
     wanted = spectrogram.thumbnail({"audio": tone(1000), "rate": 16_000})
     assert stage.preview(x0).tobytes() == wanted.tobytes()
     assert stage.preview(x0.bfloat16()).size == wanted.size
+
+
+def test_latents_show_by_the_map_of_the_card() -> None:
+    card = registry.load(hosts.current()).resolve("audioldm-mini")
+    built = hosts.current().call(
+        "audio", "mdiff_build", card=card, device="cpu", dtype=torch.float32
+    )
+    preview = built.stages[0].preview
+    loud, silent = torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 16, 16)
+    for channel, (weight,) in enumerate(card.config["latent_map"][:-1]):
+        loud[0, channel], silent[0, channel] = 3 * weight, -3 * weight
+    assert brightness(preview(loud)).mean() > brightness(preview(silent)).mean() + 50
+
+
+def test_a_sound_as_the_autoencoder_takes_it(tmp_path: Path) -> None:
+    for samples, frames in ((100, 8), (16_000, 100), (16_001, 104)):
+        path = tmp_path / "a.wav"
+        soundfile.write(path, torch.zeros(samples).numpy(), 16_000)
+        assert commands.heard(path, {}).shape == (1, 1, frames, 64)
 
 
 def test_a_sheet_of_sounds(tmp_path: Path) -> None:

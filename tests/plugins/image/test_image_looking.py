@@ -1,20 +1,21 @@
-"""What pictures look like on sheets and on the way, and the linear map from latents to colours."""
+"""What pictures look like on sheets and on the way, in pixels and in latents."""
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdiff.cli import main
 from mdiff.core import host as hosts
 from mdiff.core import pipeline, registry, request
 from mdiff.core.errors import MissingError, UsageError
-from mdiff.core.nn.autoencoder import AutoencoderKL, DiagonalGaussian
-from mdiff.plugins.image import io, latent_rgb
+from mdiff.core.hooks import Model, ModelCard
+from mdiff.plugins.image import io
 
 TABLE = [[0.5, 0.1, -0.2], [-0.3, 0.4, 0.2], [0.0, 0.1, 0.2]]
 
@@ -52,6 +53,12 @@ def image(path: Path | str) -> Image.Image:
         return file
 
 
+def built(card: ModelCard) -> Model:
+    return hosts.current().call(
+        "image", "mdiff_build", card=card, device="cpu", dtype=torch.float32
+    )
+
+
 # --- on the command line --------------------------------------------------------------------------
 
 
@@ -77,7 +84,7 @@ def test_pixels_are_their_own_preview(mdiff: Run, folder: Callable[..., Path]) -
 
 
 def test_latents_show_by_the_map_of_the_card(mdiff: Run, folder: Callable[..., Path]) -> None:
-    model = folder("stable-diffusion", config={"latent_rgb": TABLE})
+    model = folder("stable-diffusion", config={"latent_map": TABLE})
     code, out, err = mdiff(
         *("run", model, "--text", "a", "--seed", 1, "--out", "a.png", "--preview", "now.png"),
         *("--trajectory", "animation"),
@@ -100,110 +107,54 @@ def test_the_command_prints_what_gives_a_card_previews(
     mdiff: Run, folder: Callable[..., Path], pictures: Path
 ) -> None:
     model = folder("stable-diffusion")
-    code, out, err = mdiff("image", "latent-rgb", model, "--data", pictures)
-    assert code == 0 and "% of the colours' variance" in err
-    table = tomllib.loads(out)["latent_rgb"]
+    code, out, err = mdiff("image", "latent-map", model, "--data", pictures)
+    assert code == 0 and "% of the variance of colours" in err
+    table = tomllib.loads(out)["latent_map"]
     assert len(table) == 3 and all(len(row) == 3 for row in table)
     entry = model / "registry.toml"
     lines = entry.read_text().replace("latent_scale", f"{out}latent_scale")
     entry.write_text(lines)
     card = registry.load(hosts.current()).resolve(str(model))
-    assert card.config["latent_rgb"] == table
-    built = hosts.current().call(
-        "image", "mdiff_build", card=card, device="cpu", dtype=torch.float32
-    )
-    assert built.stages[0].preview(torch.zeros(1, 2, 8, 8)).size == (16, 16)
+    assert card.config["latent_map"] == table
+    preview = built(card).stages[0].preview
+    assert preview is not None and preview(torch.zeros(1, 2, 8, 8)).size == (16, 16)
 
 
 def test_what_cannot_be_fitted(mdiff: Run, folder: Callable[..., Path], pictures: Path) -> None:
-    code, _, err = mdiff("image", "latent-rgb", folder("ddpm"), "--data", pictures)
-    assert code == 2 and "has no autoencoder: what it denoises are pictures already" in err
-    code, _, err = mdiff("image", "latent-rgb", folder("stable-diffusion"), "--data", "nowhere")
+    code, _, err = mdiff("image", "latent-map", folder("ddpm"), "--data", pictures)
+    assert code == 2 and "has no autoencoder: it has no latents to map" in err
+    code, _, err = mdiff("image", "latent-map", folder("stable-diffusion"), "--data", "nowhere")
     assert code == MissingError.exit_code and "nowhere" in err
 
 
-# --- the map --------------------------------------------------------------------------------------
+def test_a_run_of_the_autoencoder_alone_will_do(
+    mdiff: Run, folder: Callable[..., Path], pictures: Path
+) -> None:
+    model = folder("stable-diffusion")
+    entry = model / "registry.toml"
+    whole = mdiff("image", "latent-map", model, "--data", pictures)[1]
+    for part, code in (("unet", 0), ("autoencoder", MissingError.exit_code)):
+        table = tomllib.loads(entry.read_text())
+        (one,) = table["models"].values()
+        one["files"] = [file for file in one["files"] if file["module"] != part]
+        entry.write_text(tomli_w.dumps(table))
+        got, out, err = mdiff("image", "latent-map", model, "--data", pictures)
+        assert got == code, err
+        assert out == whole if code == 0 else "has no weights for its autoencoder" in err
 
 
-class Mixed(nn.Module):
-    """A stand-in for an autoencoder, whose latents are colours of squares, mixed."""
-
-    def __init__(self, mix: Tensor, factor: int = 2) -> None:
-        super().__init__()
-        self.mix, self.factor = nn.Parameter(mix), factor
-
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        means = nn.functional.avg_pool2d(x, self.factor)
-        z = torch.einsum("bchw,cz->bzhw", means, self.mix) + 0.5
-        return DiagonalGaussian(mean=z, log_variance=torch.zeros_like(z))
-
-
-def noise(count: int, channels: int = 3) -> Iterator[Tensor]:
-    draw = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        yield torch.rand(channels, 8, 8, generator=draw)
-
-
-def test_a_linear_autoencoder_is_inverted() -> None:
-    mix = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.4, 0.0, -1.0]])
-    found = latent_rgb.fit(Mixed(mix), noise(4))
-    table = torch.tensor(found.table)
-    assert torch.allclose(table[:3], mix.inverse(), atol=1e-3)
-    assert torch.allclose(table[3], -0.5 * mix.inverse().sum(0), atol=1e-3)
-    assert found.explained == pytest.approx(1, abs=1e-6)
-
-
-def test_what_latents_do_not_say_is_not_explained() -> None:
-    only_red = torch.tensor([[1.0], [0.0], [0.0]])
-    found = latent_rgb.fit(Mixed(only_red), noise(30))
-    assert found.explained == pytest.approx(1 / 3, abs=0.03)
-
-
-def test_a_channel_that_is_always_the_same_does_no_harm() -> None:
-    mix = torch.cat([torch.eye(3), torch.zeros(3, 2)], 1)
-    found = latent_rgb.fit(Mixed(mix), noise(4))
-    assert found.explained == pytest.approx(1, abs=1e-6)
-    assert max(abs(v) for row in found.table for v in row) < 2
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_map_of_a_network_is_that_of_least_squares(channels: int) -> None:
-    torch.manual_seed(0)
-    net = AutoencoderKL(
-        axes=2, in_channels=channels, latent=4, channels=8, multipliers=(1, 2), blocks=1, groups=4
-    )
-    found = latent_rgb.fit(net, noise(6, channels))
-    with torch.no_grad():
-        x = 2 * torch.stack(list(noise(6, channels))) - 1
-        z = net.encode(x).mean
-    rows = torch.cat([z, torch.ones_like(z[:, :1])], 1).movedim(1, -1).reshape(-1, 5).double()
-    squares = nn.functional.avg_pool2d(x, 2).expand(-1, 3, -1, -1)
-    wanted = squares.movedim(1, -1).reshape(-1, 3).double()
-    solution = torch.linalg.lstsq(rows, wanted).solution
-    assert torch.allclose(rows @ torch.tensor(found.table).double(), rows @ solution, atol=5e-3)
-    assert 0 < found.explained < 1
-
-
-def test_the_map_applied(tmp_path: Path) -> None:
-    latent = torch.zeros(1, 2, 3, 4)
-    latent[0, 0, :, 2:] = 1.0
-    seen = latent_rgb.picture(latent, TABLE, 4)
-    assert seen.size == (16, 12)
-    left, right = seen.getpixel((0, 6)), seen.getpixel((15, 6))
+def test_latents_are_the_colours_that_the_map_says(card: Callable[..., ModelCard]) -> None:
+    stage = built(card("stable-diffusion", latent_map=TABLE)).stages[0]
+    x0 = torch.zeros(1, 2, 3, 4)
+    x0[0, 0, :, 2:] = 2.0  # latents are scaled by 2
+    assert stage.preview is not None
+    seen = stage.preview(x0)
+    assert seen.size == (8, 6)
+    left, right = seen.getpixel((0, 3)), seen.getpixel((7, 3))
     assert left == tuple(round((1 + v) / 2 * 255) for v in TABLE[2])
     assert right == tuple(round((1 + v + w) / 2 * 255) for v, w in zip(*TABLE[::2], strict=True))
-
-
-def test_a_map_for_other_latents() -> None:
-    with pytest.raises(UsageError, match=r"latent_rgb should be 5 rows of 3 numbers.*\(3, 3\)"):
-        latent_rgb.picture(torch.zeros(1, 4, 8, 8), TABLE, 8)
-
-
-def test_too_few_pictures() -> None:
-    with pytest.raises(UsageError, match="needs more pictures"):
-        latent_rgb.fit(Mixed(torch.eye(3)), [])
-    with pytest.raises(UsageError, match="needs more pictures"):
-        latent_rgb.fit(Mixed(torch.eye(3), factor=8), noise(2))
+    with pytest.raises(UsageError, match="latent_map should be 5 rows"):
+        stage.preview(torch.zeros(1, 4, 8, 8))
 
 
 # --- samples --------------------------------------------------------------------------------------
