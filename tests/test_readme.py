@@ -5,7 +5,10 @@ import runpy
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from mdiff import cli
 
@@ -26,18 +29,42 @@ def words(command: str) -> list[str]:
     return [bare or quoted for quoted, bare in re.findall(r'"([^"]*)"|(\S+)', command)]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run one after another, beside a reader's own files."""
+    here = tmp_path_factory.mktemp("reader")
+    for name in ("my_pictures", "my_sounds"):
+        (here / name).mkdir()
+    for k in range(4):
+        picture = Image.new("RGB", (80, 64), (60 * k, 120, 200))
+        picture.save(here / "my_pictures" / f"{k}.png")
+        tone = np.sin(np.arange(16_000) * 0.1 * (k + 1)).astype(np.float32)
+        soundfile.write(here / "my_sounds" / f"{k}.wav", 0.3 * tone, 16_000)
+    lines = [
+        f'{{"file_name": "{k}.wav", "text": "a tone", "split": "held_out"}}\n' for k in range(4)
+    ]
+    (here / "my_sounds" / "metadata.jsonl").write_text("".join(lines))
+    return here
+
+
 @pytest.mark.parametrize("command", [*CONSOLE, marked("run").split("mdiff ")[-1]])
 def test_commands(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = cli.main(words(command))
+    monkeypatch.chdir(folder)
+    before = set(folder.rglob("*"))
+    shorter = ["--steps", "2"] if command.startswith("train ") and "--minutes" in command else []
+    code = cli.main([*words(command), *shorter])
     out, err = capfd.readouterr()
     assert code == 0, err
     assert out.strip()
     if command.startswith("run"):
-        made = [path for path in tmp_path.rglob("*") if path.suffix in (".wav", ".flac")]
-        assert made and all(path.stat().st_size > 10_000 for path in made)
+        made = set(folder.rglob("*.*")) - before
+        media = [path for path in made if path.suffix in (".wav", ".flac", ".png")]
+        assert media and all(path.stat().st_size > 1_000 for path in media)
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
