@@ -147,6 +147,12 @@ def cli(ctx: click.Context) -> None:
     "--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="A model's own."
 )
 @click.option(
+    "--vary",
+    multiple=True,
+    metavar="KEY=A,B,...",
+    help="An output for each value: guidance=1,2.5,4; several times for all combinations.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("outputs"),
@@ -181,6 +187,7 @@ def run(
     prompts: Path | None,
     resume: bool,
     options: tuple[str, ...],
+    vary: tuple[str, ...],
     out: Path,
     suffix: str,
     as_json: bool,
@@ -224,6 +231,7 @@ def run(
         seed if seed is not None else str(made.get("seed", request.random_seed())), count
     )
     card = registry.resolve(target)
+    lines = request.varied(lines, _pairs(vary, "--vary"), card)
     model = target if card.root == Path(target) else card.id
     requests = request.expand(card, lines, seeds, registry.host, model=model, **given)
     from mdiff.core import pipeline
@@ -324,10 +332,10 @@ def _progress(quiet: bool, requests: "Sequence[Request]") -> Iterator["OnStep | 
         yield on_step
 
 
-def _pairs(options: Sequence[str]) -> dict[str, str]:
+def _pairs(options: Sequence[str], flag: str = "--option") -> dict[str, str]:
     for option in options:
         if "=" not in option:
-            raise UsageError(f"--option {option!r} should be key=value")
+            raise UsageError(f"{flag} {option!r} should be key=value")
     return {key.strip(): value for key, value in (option.split("=", 1) for option in options)}
 
 

@@ -339,19 +339,62 @@ def expand(
     model: str = "",
     **fields: Any,
 ) -> list[Request]:
-    """A request for each line and seed; a line goes before `fields`. Raises as `resolve`."""
+    """A request for each line and seed; a line goes before `fields`, also option by option.
+
+    Raises as `resolve`.
+    """
     requests = []
     for number, line in enumerate(lines, 1):
         try:
-            one = resolve(card, {**fields, **line}, host, model=model)
+            own = line.get("options", {})
+            if isinstance(own, Mapping):
+                own = {**fields.get("options", {}), **own}
+            one = resolve(card, {**fields, **line, "options": own}, host, model=model)
         except UsageError as error:
             raise UsageError(
                 f"prompt {number}: {error}" if len(lines) > 1 else str(error)
             ) from error
-        own = [one.seed] if "seed" in line else seeds
-        requests += [replace(one, seed=seed) for seed in own]
+        requests += [replace(one, seed=seed) for seed in ([one.seed] if "seed" in line else seeds)]
     # A line that is there twice would be the same output twice.
     return list({record.key(request): request for request in requests}.values())
+
+
+def varied(
+    lines: Sequence[Mapping[str, Any]], values: Mapping[str, str], card: ModelCard
+) -> list[dict[str, Any]]:
+    """Each line with every combination of values, the last of them changing fastest.
+
+    Args:
+        values: by field or option of the model, parted by commas: {"guidance": "1,2.5,4"}.
+
+    Raises:
+        UsageError: no such field or option, or one that is given in another way.
+    """
+    own = {option.name: option for option in card.options}
+    known = {**own, **FIELDS}
+    for name in values:
+        if name in ELSEWHERE:
+            raise UsageError(f"--vary does not know {name!r}: give several as {ELSEWHERE[name]}")
+        if name not in known:
+            raise UsageError(f"--vary knows no {name!r}{nearest(name, known)}")
+    made = [dict(line) for line in lines]
+    for name, texts in values.items():
+        read = [_read(known[name], part.strip()) for part in texts.split(",")]
+        made = [_with(line, name, value) for line in made for value in read]
+    return made
+
+
+ELSEWHERE = {
+    "seed": "--seed 1-4",
+    **dict.fromkeys(("text", "negative", "to_text"), "--prompts FILE"),
+}
+"""Fields of which --vary gives no values, and what does."""
+
+
+def _with(line: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    if name in FIELDS:
+        return {**line, name: value}
+    return {**line, "options": {**line.get("options", {}), name: value}}
 
 
 def random_seed() -> int:

@@ -121,30 +121,36 @@ def test_options_and_what_a_field_does_not_say_count_as_facts():
     assert "options" not in facts
 
 
-def drawn(monkeypatch, requests: list[Request]) -> list[str]:
-    """All lines of text on the sheet of these requests."""
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """All lines of text that are drawn, in their order."""
     lines: list[str] = []
     write = looking._write
-    monkeypatch.setattr(
-        looking, "_write", lambda p, said, *a: (lines.extend(said), write(p, said, *a))
-    )
-    looking.contact_sheet(requests, dots(*["red"] * len(requests)))
+
+    def listen(page: Image.Image, said: list[str], *place: int) -> None:
+        lines.extend(said)
+        write(page, said, *place)
+
+    monkeypatch.setattr(looking, "_write", listen)
     return lines
 
 
-def test_the_labels_say_what_differs_and_the_headline_the_rest(monkeypatch):
+def test_the_labels_say_what_differs_and_the_headline_the_rest(written):
     requests = [ask(seed=s, options={"gain": 2.0}) for s in (5, 6)]
-    one, other, head, text, *facts = drawn(monkeypatch, requests)
+    looking.contact_sheet(requests, dots("red", "blue"))
+    one, other, head, text, *facts = written
     assert (one, other, head, text) == ("seed 5", "seed 6", "toy/gauss", "rain")
     said = " ".join(facts)
     assert "steps 20" in said and "gain 2" in said and "seed" not in said and "negative" not in said
 
 
-def test_texts_one_above_the_other_and_seeds_side_by_side(monkeypatch):
+def test_texts_one_above_the_other_and_seeds_side_by_side(written):
     texts = ["a red apple, 3D", "a very long wish " * 40]
-    lines = drawn(monkeypatch, [ask(text=t, seed=s) for t in texts for s in (1, 2, 3)])
-    assert lines[:4] == ["seed 1", "seed 2", "seed 3", "a red apple, 3D"]
-    assert any(line.endswith("...") for line in lines), "long texts are cut off"
+    looking.contact_sheet(
+        [ask(text=t, seed=s) for t in texts for s in (1, 2, 3)], dots(*["red"] * 6)
+    )
+    assert written[:4] == ["seed 1", "seed 2", "seed 3", "a red apple, 3D"]
+    assert any(line.endswith("...") for line in written), "long texts are cut off"
 
 
 def test_letters_that_the_font_does_not_have():
@@ -165,6 +171,13 @@ def test_pictures_of_any_size_and_mode_fit():
     assert looking.fitted(Image.new("RGB", (2000, 1)), 256).size == (256, 1)
     assert looking.fitted(Image.new("RGBA", (96, 96)), 256).getpixel((5, 5)) == (255, 255, 255)
     assert looking.fitted(Image.new("RGB", (200, 100), "red"), 64).size == (64, 32)
+
+
+def test_values_that_vary_on_the_command_line_make_a_table(mdiff, written):
+    code, out, err = mdiff(*RAIN, "--count", 3, "--vary", "guidance=1,2.5", "--sheet", "table.png")
+    assert code == 0 and len(out.splitlines()) == 6, err
+    assert written[:5] == ["seed 3", "seed 4", "seed 5", "guidance 1", "guidance 2.5"]
+    assert written[5:7] == ["toy/gauss", "rain"]
 
 
 # --- trajectories ---------------------------------------------------------------------------------

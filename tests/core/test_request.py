@@ -131,3 +131,37 @@ def test_lines_and_seeds_multiply_and_repeats_are_left_out(card, toy):
     assert [(r.text, r.seed, r.steps) for r in made] == [("a", 1, 3), ("a", 2, 3), ("b", 9, 3)]
     with pytest.raises(UsageError, match="prompt 2: a request has no 'txt'"):
         expand(card, [{"text": "a"}, {"txt": "b"}], [1], toy)
+
+
+def test_vary_makes_every_combination(card, toy):
+    values = {"guidance": "1, 2.5", "gain": "0.5,2", "sampler": "ddim"}
+    lines = request.varied(
+        [{"text": "rain"}, {"text": "snow", "options": {"digits": 2}}], values, card
+    )
+    made = expand(card, lines, [1], toy, options={"digits": "3"})
+    rows = [(r.text, r.guidance, r.options["gain"], r.options["digits"], r.sampler) for r in made]
+    assert rows[:5] == [
+        ("rain", 1.0, 0.5, 3, "ddim"),
+        ("rain", 1.0, 2.0, 3, "ddim"),
+        ("rain", 2.5, 0.5, 3, "ddim"),
+        ("rain", 2.5, 2.0, 3, "ddim"),
+        ("snow", 1.0, 0.5, 2, "ddim"),
+    ]
+    assert len(made) == 8 and request.varied([{}], {}, card) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"guidnace": "1"}, "--vary knows no 'guidnace'; did you mean 'guidance'?"),
+        ({"seed": "1,2"}, "give several as --seed 1-4"),
+        ({"text": "a,b"}, "give several as --prompts FILE"),
+        ({"steps": "5,x"}, "--steps should be a whole number, it is 'x'"),
+        ({"digits": "5,"}, "option digits should be a whole number, it is ''"),
+        ({"guidance": "1,200"}, "prompt 2: --guidance should be at most 100"),
+    ],
+)
+def test_what_cannot_be_varied(card, toy, values, words):
+    with pytest.raises(UsageError) as caught:
+        expand(card, request.varied([{"text": "x"}], values, card), [1], toy)
+    assert words in str(caught.value)
