@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -38,10 +38,10 @@ from mdiff.core.training.recipe import Recipe, digest
 Loss = Callable[[Draws], Outcome | Tensor]
 """loss(draws) -> one loss per sample (b,), one for all of them, or an `Outcome`"""
 OnSave = Callable[[Checkpoint], None]
-LINE = 20.0
-"""Seconds after which the log has a line, however few steps there were."""
 OnPreview = Callable[[int, Mapping[str, Tensor]], None]
 """(step, averaged weights) -> None"""
+LINE = 20.0
+"""Seconds after which the log has a line, however few steps there were."""
 
 
 def accelerator(recipe: Recipe, device: str = "auto") -> Accelerator:
@@ -67,22 +67,6 @@ class _Objective(nn.Module):
         value = said.mean if isinstance(said, Outcome) else said
         each, t = (said.each, said.t) if isinstance(said, Outcome) else (none, none)
         return value.float().mean() * (len(draws) / draws.total), each, t
-
-
-@dataclass
-class _Clock:
-    """Steps and seconds spent, those before a resume included."""
-
-    step: int = 0
-    spent: float = 0.0
-    since: float = 0.0
-
-    def start(self) -> None:
-        self.since = time.monotonic() - self.spent
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.since
 
 
 def train(
@@ -119,7 +103,6 @@ def train(
     log = log if run.is_main_process else Log(folder, silent=True)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    shares = _shares(recipe, run)
     module.to(run.device).train()
     module.requires_grad_(True)
     if recipe.checkpointing:
@@ -127,145 +110,51 @@ def train(
     if recipe.compile:
         module.compile()
     objective = run.prepare(_Objective(module, loss))
-    optimizer = optimizers.build(module, recipe.optimizer)
-    averages = Averages(module, profiles(recipe.average.decays, recipe.average.powers))
-    clock = _Clock()
-    found = checkpoints.newest(folder / "checkpoints", log.say)
-    if found is not None:
-        if found.facts["recipe"] != digest(recipe):
-            raise UsageError(
-                f"{found.path} is of another recipe: give another folder, or begin there with its weights"
-            )
-        _restore(found, module, averages, optimizer, clock)
-        log.say(f"going on from step {clock.step} ({clock.spent / 60:.1f} minutes)")
-        facts = {**found.facts, **(facts or {})}
-        if on_save is not None and run.is_main_process:
-            on_save(found)  # whoever was killed in between had no time for it
-    clock.start()
-    recent = _Recent(run, schedule)
-    saved_step = clock.step if found else -1
-    saved_at = told_at = clock.seconds
-
-    def save() -> None:
-        nonlocal saved_step, saved_at
-        _finite(recent.mean(), clock.step, saved_step)
-        if clock.step > saved_step:
-            saved = _save(folder, module, averages, optimizer, clock, recipe, run, facts or {})
-            if saved is not None and on_save is not None:
-                on_save(saved)
-        saved_step, saved_at = clock.step, clock.seconds
-
-    def line(rate: float, norm: Tensor) -> None:
-        nonlocal told_at
-        mean = recent.mean()
-        _finite(mean, clock.step, saved_step)
-        log.step(
-            step=clock.step,
-            loss=mean,
-            levels=recent.levels(),
-            rate=rate,
-            norm=float(norm),
-            samples=clock.step * recipe.batch.size,
-            seconds=clock.seconds,
-            progress=recipe.budget.progress(clock.step, clock.seconds),
-        )
-        recent.clear()
-        told_at = clock.seconds
-
-    with _stopping() as stopped:
+    training = _Training(
+        module=module,
+        objective=objective,
+        shares=_shares(recipe, run),
+        folder=folder,
+        recipe=recipe,
+        run=run,
+        log=log,
+        # after they are where the wrapper wants them
+        optimizer=optimizers.build(module, recipe.optimizer),
+        averages=Averages(module, profiles(recipe.average.decays, recipe.average.powers)),
+        recent=_Recent(run, schedule),
+        on_save=on_save,
+        on_preview=on_preview,
+        facts=dict(facts or {}),
+    )
+    training.resume()
+    # modules that draw by themselves are seeded, the caller's random state stays what it is
+    with torch.random.fork_rng(devices=[]), _stopping() as stopped:
         while True:
-            spent = recipe.budget.progress(clock.step, clock.seconds)
-            old = clock.seconds - saved_at > 60 * recipe.save.minutes > 0
-            quiet = clock.seconds - told_at > LINE
-            progress, stop, due, tell = _agree(run, spent, stopped(), old, quiet)
+            progress, stop, save, tell = _agree(run, *training.due(), stopped())
             if progress >= 1.0 or stop:
                 break
-            rate = optimizers.rate_at(recipe.optimizer, clock.step, progress)
-            optimizers.set_rate(optimizer, rate)
-            for share in shares:
-                draws = Draws.of(recipe.seed, clock.step, recipe.batch.size, share, run.device)
-                # what modules draw by themselves (dropout)
-                torch.manual_seed(derived(recipe.seed, "modules", clock.step, share.start))
-                with nullcontext() if share is shares[-1] else run.no_sync(objective):
-                    part, each, t = objective(draws)
-                    # wrappers take the mean over processes, and shares are parts of one mean
-                    run.backward(part * run.num_processes)
-                recent.add(part, each, t)
-            norm = run.clip_grad_norm_(module.parameters(), recipe.optimizer.clip or math.inf)
-            for one in optimizer:
-                one.step()
-            module.zero_grad(set_to_none=True)
-            clock.step += 1
-            recent.steps += 1
-            averages.update(clock.step)
-            log.tick(clock.step, progress)
-            if tell or clock.step % recipe.log.steps == 0:
-                line(rate, norm)
-            every = recipe.average.snapshots
-            if every and clock.step % every == 0:
-                for name in averages.names:
-                    state = _whole(averages.state(name))
-                    if run.is_main_process:
-                        write_snapshot(folder / "snapshots", clock.step, name, state)
-            if due or (recipe.save.steps and clock.step % recipe.save.steps == 0):
-                save()
-            if on_preview and recipe.preview.every and clock.step % recipe.preview.every == 0:
-                state = _whole(averages.state(averages.names[0]))
-                if run.is_main_process:
-                    on_preview(clock.step, state)
-                run.wait_for_everyone()
-        if recent.steps:
-            line(rate, norm)
-        save()
+            training.step(progress)
+            training.after_step(save=save, tell=tell)
+        training.end()
     if stop:
         raise KeyboardInterrupt
-    return averages
+    return training.averages
 
 
-def _shares(recipe: Recipe, run: Accelerator) -> list[slice]:
-    """The samples of a batch that this process takes, in micro-batches."""
-    total, count = recipe.batch.size, run.num_processes
-    if total % count:
-        raise MdiffError(
-            f"a batch of {total} does not split over {count} processes: --set batch.size="
-            f"{total // count * count or count}"
-        )
-    own = total // count
-    micro = min(recipe.batch.micro or own, own)
-    first = run.process_index * own
-    return [slice(i, min(i + micro, first + own)) for i in range(first, first + own, micro)]
+@dataclass
+class _Clock:
+    """Steps and seconds spent, those before a resume included."""
 
+    step: int = 0
+    spent: float = 0.0
+    since: float = 0.0
 
-def _agree(run: Accelerator, progress: float, stop: bool, *due: bool) -> tuple[Any, ...]:
-    """What the main process says of the budget and of what is due, and whether any process was told to stop."""
-    if run.num_processes == 1:
-        return progress, stop, *due
-    said = torch.tensor([progress, *map(float, due)], dtype=torch.float64, device=run.device)
-    torch.distributed.broadcast(said, 0)
-    stops = run.reduce(torch.tensor(float(stop), device=run.device), "sum")
-    return said[0].item(), bool(stops), *(bool(one) for one in said[1:])
+    def start(self) -> None:
+        self.since = time.monotonic() - self.spent
 
-
-@contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C or SIGTERM came: the first ends the run after its step, the second at once."""
-    told: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if told:
-            raise KeyboardInterrupt
-        told.append(number)
-
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever called handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
 
 
 class _Recent:
@@ -303,13 +192,220 @@ class _Recent:
         return [None if math.isnan(value) else round(value, 6) for value in found]
 
 
-def _finite(loss: float, step: int, saved: int) -> None:
-    if not math.isfinite(loss):
-        kept = f"the checkpoint of step {saved} is whole" if saved else "there is no checkpoint yet"
-        raise NonFiniteError(
-            f"the loss is {loss} at step {step}; {kept}: go on from it with a lower rate, in another "
-            "--out with --init and --set optimizer.rate=..."
+@dataclass(kw_only=True)
+class _Training:
+    """A run in progress."""
+
+    module: nn.Module
+    objective: nn.Module
+    shares: list[slice]
+    folder: Path
+    recipe: Recipe
+    run: Accelerator
+    log: Log
+    optimizer: list[torch.optim.Optimizer]
+    averages: Averages
+    recent: _Recent
+    on_save: OnSave | None
+    on_preview: OnPreview | None
+    facts: dict[str, Any]
+    clock: _Clock = field(default_factory=_Clock)
+    rate: float = 0.0
+    norm: float | Tensor = 0.0
+    saved_step: int = -1
+    saved_at: float = 0.0
+    told_at: float = 0.0
+
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint that is whole, and starts the clock."""
+        found = checkpoints.newest(self.folder / "checkpoints", self.log.say)
+        if found is not None:
+            if found.facts["recipe"] != digest(self.recipe):
+                raise UsageError(
+                    f"{found.path} is of another recipe: give another folder, or begin there with its "
+                    "weights"
+                )
+            _restore(found, self.module, self.averages, self.optimizer)
+            self.clock.step, self.clock.spent = found.step, float(found.facts["seconds"])
+            self.facts = {**found.facts, **self.facts}
+            self.saved_step = found.step
+            self.log.say(f"going on from step {found.step} ({self.clock.spent / 60:.1f} minutes)")
+            if self.on_save is not None and self.run.is_main_process:
+                self.on_save(found)  # whoever was killed in between had no time for it
+        self.clock.start()
+        self.saved_at = self.told_at = self.clock.seconds
+
+    def due(self) -> tuple[float, bool, bool]:
+        """Share of the budget that is used up, and whether a checkpoint and a line of the log are due by the clock."""
+        seconds = self.clock.seconds
+        old = seconds - self.saved_at > 60 * self.recipe.save.minutes > 0
+        return (
+            self.recipe.budget.progress(self.clock.step, seconds),
+            old,
+            seconds - self.told_at > LINE,
         )
+
+    def step(self, progress: float) -> None:
+        """One step of the optimizers, on one batch."""
+        recipe, clock, run = self.recipe, self.clock, self.run
+        self.rate = optimizers.rate_at(recipe.optimizer, clock.step, progress)
+        optimizers.set_rate(self.optimizer, self.rate)
+        for share in self.shares:
+            draws = Draws.of(recipe.seed, clock.step, recipe.batch.size, share, run.device)
+            # what modules draw by themselves (dropout)
+            torch.manual_seed(derived(recipe.seed, "modules", clock.step, share.start))
+            last = share is self.shares[-1]
+            with nullcontext() if last else run.no_sync(self.objective):
+                part, each, t = self.objective(draws)
+                # wrappers take the mean over processes, and shares are parts of one mean
+                run.backward(part * run.num_processes)
+            self.recent.add(part, each, t)
+        self.norm = run.clip_grad_norm_(self.module.parameters(), recipe.optimizer.clip or math.inf)
+        for one in self.optimizer:
+            one.step()
+        self.module.zero_grad(set_to_none=True)
+        clock.step += 1
+        self.recent.steps += 1
+        self.averages.update(clock.step)
+        self.log.tick(clock.step, progress)
+
+    def after_step(self, *, save: bool, tell: bool) -> None:
+        """Whatever is due, by the clock or by the count of steps."""
+        recipe, step = self.recipe, self.clock.step
+
+        def turn(every: int) -> bool:
+            return every > 0 and step % every == 0
+
+        if tell or turn(recipe.log.steps):
+            self.line()
+        if turn(recipe.average.snapshots):
+            for name in self.averages.names:
+                state = _whole(self.averages.state(name))
+                if self.run.is_main_process:
+                    write_snapshot(self.folder / "snapshots", step, name, state)
+        if save or turn(recipe.save.steps):
+            self.save()
+        if self.on_preview is not None and turn(recipe.preview.every):
+            names = self.averages.names
+            state = self.averages.state(names[0]) if names else self.module.state_dict()
+            state = _whole(state)
+            if self.run.is_main_process:
+                self.on_preview(step, state)
+            self.run.wait_for_everyone()
+
+    def end(self) -> None:
+        """The last line and the last checkpoint."""
+        if self.recent.steps:
+            self.line()
+        self.save()
+
+    def line(self) -> None:
+        """A line of the log, over the steps since the one before."""
+        mean, seconds = self.checked_mean(), self.clock.seconds
+        self.log.step(
+            step=self.clock.step,
+            loss=mean,
+            levels=self.recent.levels(),
+            rate=self.rate,
+            norm=float(self.norm),
+            samples=self.clock.step * self.recipe.batch.size,
+            seconds=seconds,
+            progress=self.recipe.budget.progress(self.clock.step, seconds),
+        )
+        self.recent.clear()
+        self.told_at = seconds
+
+    def save(self) -> None:
+        """A checkpoint, unless there is one of this step."""
+        self.checked_mean()
+        if self.clock.step > self.saved_step:
+            saved = self._write()
+            if saved is not None and self.on_save is not None:
+                self.on_save(saved)
+        self.saved_step, self.saved_at = self.clock.step, self.clock.seconds
+
+    def checked_mean(self) -> float:
+        """The mean loss since the last line. Raises a NonFiniteError where it is none."""
+        mean, saved = self.recent.mean(), self.saved_step
+        if not math.isfinite(mean):
+            kept = (
+                f"the checkpoint of step {saved} is whole" if saved > 0 else "nothing is saved yet"
+            )
+            raise NonFiniteError(
+                f"the loss is {mean} at step {self.clock.step}; {kept}: begin anew in another --out "
+                "with --init and a lower --set optimizer.rate=..."
+            )
+        return mean
+
+    def _write(self) -> Checkpoint | None:
+        """Every process puts its tensors in, the main one writes."""
+        names = self.averages.names
+        files = {"model": _whole(self.module.state_dict())}
+        files |= {f"average-{name}": _whole(self.averages.state(name)) for name in names}
+        files |= {"optimizer": _whole(checkpoints.flatten(self.optimizer))}
+        saved = None
+        if self.run.is_main_process:
+            about = {
+                **self.facts,
+                "seconds": round(self.clock.seconds, 3),
+                "samples": self.clock.step * self.recipe.batch.size,
+                "recipe": digest(self.recipe),
+                "seed": self.recipe.seed,
+                "processes": self.run.num_processes,
+                "torch": torch.__version__,
+            }
+            folder, keep = self.folder / "checkpoints", self.recipe.save.keep
+            saved = checkpoints.save(folder, self.clock.step, files, about, keep)
+        self.run.wait_for_everyone()
+        return saved
+
+
+def _shares(recipe: Recipe, run: Accelerator) -> list[slice]:
+    """The samples of a batch that this process takes, in micro-batches."""
+    total, count = recipe.batch.size, run.num_processes
+    if total % count:
+        raise MdiffError(
+            f"a batch of {total} does not split over {count} processes: --set batch.size="
+            f"{total // count * count or count}"
+        )
+    own = total // count
+    micro = min(recipe.batch.micro or own, own)
+    first = run.process_index * own
+    return [slice(i, min(i + micro, first + own)) for i in range(first, first + own, micro)]
+
+
+def _agree(
+    run: Accelerator, progress: float, save: bool, tell: bool, stop: bool
+) -> tuple[float, bool, bool, bool]:
+    """(progress, stop, save, tell): as the main process says; to stop, where any process was told to."""
+    if run.num_processes == 1:
+        return progress, stop, save, tell
+    said = torch.tensor([progress, save, tell], dtype=torch.float64, device=run.device)
+    torch.distributed.broadcast(said, 0)
+    stops = run.reduce(torch.tensor(float(stop), device=run.device), "sum")
+    return said[0].item(), bool(stops), bool(said[1]), bool(said[2])
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C or SIGTERM came: the first ends the run after its step, the second at once."""
+    told: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+
+    try:
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever called handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def recompute(module: nn.Module) -> None:
@@ -333,42 +429,11 @@ def _whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in parts}
 
 
-def _save(
-    folder: Path,
-    module: nn.Module,
-    averages: Averages,
-    optimizer: Sequence[torch.optim.Optimizer],
-    clock: _Clock,
-    recipe: Recipe,
-    run: Accelerator,
-    facts: Mapping[str, Any],
-) -> Checkpoint | None:
-    """Writes a checkpoint, in the main process."""
-    files = {"model": _whole(module.state_dict())}
-    files |= {f"average-{name}": _whole(averages.state(name)) for name in averages.names}
-    files |= {"optimizer": _whole(checkpoints.flatten(optimizer))}
-    saved = None
-    if run.is_main_process:
-        about = {
-            **facts,
-            "seconds": round(clock.seconds, 3),
-            "samples": clock.step * recipe.batch.size,
-            "recipe": digest(recipe),
-            "seed": recipe.seed,
-            "processes": run.num_processes,
-            "torch": torch.__version__,
-        }
-        saved = checkpoints.save(folder / "checkpoints", clock.step, files, about, recipe.save.keep)
-    run.wait_for_everyone()
-    return saved
-
-
 def _restore(
     found: Checkpoint,
     module: nn.Module,
     averages: Averages,
     optimizer: Sequence[torch.optim.Optimizer],
-    clock: _Clock,
 ) -> None:
     own = module.state_dict()
     tensors = found.read("model")
@@ -377,4 +442,3 @@ def _restore(
     for name in averages.names:
         averages.load(name, found.read(f"average-{name}"))
     checkpoints.unflatten(optimizer, found.read("optimizer"))
-    clock.step, clock.spent = found.step, float(found.facts["seconds"])
