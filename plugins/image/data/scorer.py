@@ -29,7 +29,7 @@ from mdiff.plugins.image.nets import efficientnet
 
 VIEWS, WORDINGS = 3, 4
 """Sets of features of the training pictures, the first of them as they are; captions of each."""
-BATCH, RATE, DECAY = 768, 1e-3, 0.05
+BATCH, RATE, DECAY = 768, 1e-3, 0.2
 
 
 def train(
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="the data set image/emoji")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="where features are kept")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)

@@ -223,7 +223,7 @@ def test_pictures_are_changed_a_little_and_the_same_each_time():
     assert 0 < (once - image).abs().mean() < 0.3
 
 
-def test_the_shipped_scorer_tells_a_banana_from_a_train(tmp_path, monkeypatch):
+def test_the_scorer_ships_small_and_its_absence_is_named(tmp_path, monkeypatch):
     metric = METRICS["retrieval"]()
     assert metric.applies(EXAMPLE) and not metric.applies(Example(path=Path("a.png")))
     row = metric.measure({"image": picture(1)}, EXAMPLE)
