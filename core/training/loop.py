@@ -415,7 +415,7 @@ def recompute(module: nn.Module) -> None:
     """
     for child in module.children():
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            child.forward = partial(recomputed, child.forward, use_reentrant=False)  # type: ignore[method-assign]
+            child.forward = partial(recomputed, child.forward, use_reentrant=False)
         else:
             recompute(child)
 
