@@ -250,7 +250,7 @@ def run(
     show = _show(jobs, registry.host, sheet=sheet, trajectory=trajectory, preview=preview, say=say)
     try:
         with _progress(quiet, requests) as bar:
-            on_step = pipeline.several(bar, show and show.step)
+            on_step = pipeline.several(bar, show.step if show else None)
             outputs = pipeline.run(jobs, registry.host, resume=resume, keep=keep, on_step=on_step)
             for output in outputs:
                 click.echo(_told(output) if as_json else str(output.path))

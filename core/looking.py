@@ -87,24 +87,23 @@ class Show:
             form_of(sheet)
             if len(jobs) > MOST:
                 raise UsageError(f"a sheet has room for {MOST} outputs, not for {len(jobs)}")
+            record.make_folder(sheet.parent)
         self.one_file = preview is not None and bool(preview.suffix) and not preview.is_dir()
-        if preview is not None and self.one_file:
-            form_of(preview)
-        for place in (sheet, preview):
-            if place is not None:
-                folder = place.parent if place is sheet or self.one_file else place
-                record.make_folder(folder)
-        self.side = next(side for most, side in SIDES if len(jobs) <= most or most == MOST)
+        if preview is not None:
+            if self.one_file:
+                form_of(preview)
+            record.make_folder(preview.parent if self.one_file else preview)
+        self.side = next((side for most, side in SIDES if len(jobs) <= most), SIDES[-1][1])
         self.shown: list[Image.Image] = []
         self.frames: list[tuple[str, Image.Image]] = []
         self.request: Request | None = None
-        self.at = -math.inf
-        self.quiet = False
+        self.name, self.at, self.quiet = "", -math.inf, False
 
     def step(self, moment: "Moment") -> None:
         """Looks at a step."""
         if self.request is not moment.request:
             self.request, self.at = moment.request, -math.inf
+            self.name = next(job.path.stem for job in self.jobs if job.request == moment.request)
             self.frames.clear()
         if self.trajectory is not None:
             self._frame(moment, FRAMES[self.trajectory])
@@ -135,8 +134,7 @@ class Show:
         if look is None or x0 is None or not (last or time.monotonic() - self.at > EVERY):
             return
         assert self.preview is not None  # `step` has looked
-        job = next(job for job in self.jobs if job.request == moment.request)
-        path = self.preview if self.one_file else self.preview / f"{job.path.stem}.png"
+        path = self.preview if self.one_file else self.preview / f"{self.name}.png"
         try:
             save(fitted(look(x0), 512), path)
         except MdiffError as error:  # what is being made matters more
@@ -145,10 +143,14 @@ class Show:
         self.at = time.monotonic()
 
     def add(self, output: "Output") -> None:
-        """Takes an output that is on the disk. Raises a UsageError if its path was to be shown and it took no step."""
+        """Takes an output that is on the disk.
+
+        Raises:
+            UsageError: the way to it was to be shown, and it took no step.
+        """
         if self.sheet is not None:
             self.shown.append(fitted(self._thumbnail(output), self.side))
-        if self.trajectory is None or (output.done_before and not self.frames):
+        if self.trajectory is None or output.done_before:
             return
         if not self.frames:
             raise UsageError(
@@ -421,10 +423,10 @@ def wrapped(text: str, width: float, most: int) -> list[str]:
 
     Letters that Pillow's font does not have lose their marks or become question marks.
     """
-    rest, lines = " ".join(printable(text).split()), []
+    rest = " ".join(printable(text).split())
+    lines: list[str] = []
     while rest and len(lines) < most:
-        fits = bisect(range(len(rest) + 1), width, key=lambda i: _length(rest[:i])) - 1
-        fits = max(1, fits)
+        fits = max(1, _fitting(rest, width))
         if fits == len(rest):
             return [*lines, rest]
         if len(lines) + 1 == most:
@@ -437,6 +439,11 @@ def wrapped(text: str, width: float, most: int) -> list[str]:
         lines.append(rest[:cut].rstrip())
         rest = rest[cut:].lstrip()
     return lines
+
+
+def _fitting(text: str, width: float) -> int:
+    """How many letters fit into a width."""
+    return bisect(range(len(text) + 1), width, key=lambda count: _length(text[:count])) - 1
 
 
 def printable(text: str) -> str:

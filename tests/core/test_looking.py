@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -370,3 +371,12 @@ def test_pace_counts_outputs_and_parts_of_them(toy, toy_registry, monkeypatch):
     sixths = [part / 6 for part in (1, 2, 3, 4, 5, 6, 13, 14, 15, 16, 17, 18)]
     assert seen == pytest.approx(sixths)
     assert pace.place == "3 of 3" and pace.speed == "4.0 steps/s"
+
+
+def test_on_a_terminal_a_bar_counts_outputs(mdiff, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    code, _, err = mdiff(*RAIN, "--count", 2, "--steps", 20)
+    assert code == 0 and "2 of 2" in err and "100%" in err and "steps/s" in err
+    assert "\x1b[" in err and "2 of 2" not in mdiff(*RAIN, "--count", 2, "--quiet")[2]
