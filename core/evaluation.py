@@ -177,7 +177,8 @@ def evaluate(
         MissingError, IntegrityError, PluginError: as those that are asked.
     """
     host = registry.host
-    plugin = registry.resolve(models[0]).plugin
+    plugin = _plugin(models[0], registry) if made is not None else None
+    plugin = plugin or registry.resolve(models[0]).plugin
     media = host.media(plugin)
     kinds = [m.suffix for m in media]
     found = data.examples(folder, kinds)
@@ -227,6 +228,12 @@ def evaluate(
     with record.atomic_write(out / NAME) as path:
         path.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _plugin(modality: str, registry: Registry) -> str | None:
+    """A plugin of a modality, whether or not there is a model of it."""
+    answers = registry.host.each("mdiff_info")
+    return next((found.name for found, info in answers if info.modality == modality), None)
 
 
 def _files(examples: Sequence[Example]) -> list[Sample]:

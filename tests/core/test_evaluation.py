@@ -1,6 +1,7 @@
 """Evaluation: laws of the distances, intervals that cover, and the runner from a data set to figures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,14 @@ def test_files_of_a_folder_are_judged_like_samples(toy_registry, folder, tmp_pat
         and figure.real == pytest.approx(2.0)
         and figure.samples == 6
     )
+
+
+def test_files_can_be_judged_where_there_is_no_model(toy_registry, folder, tmp_path):
+    bare = replace(toy_registry, cards={}, defaults={})
+    result = evaluation.evaluate(["toy"], bare, folder, tmp_path / "out", made=folder)
+    assert result.judged[0].figures["toy/mean"].value == pytest.approx(3.0)
+    with pytest.raises(MissingError, match="no model 'toy'"):
+        evaluation.evaluate(["toy"], bare, folder, tmp_path / "out")
 
 
 def test_two_models_are_compared_on_the_same_seeds(toy_registry, folder, tmp_path):
