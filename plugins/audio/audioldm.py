@@ -8,17 +8,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from mdiff.core import latent_map, schedules
+from mdiff.core import latent_map, schedules, tasks
 from mdiff.core.denoiser import Denoiser
-from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
+from mdiff.core.hooks import (
+    Given,
+    Model,
+    ModelCard,
+    Problem,
+    Request,
+    Stage,
+    TextEncoder,
+    text_encoder,
+)
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
-from mdiff.plugins.audio import spectrogram
+from mdiff.plugins.audio import inputs, spectrogram
 from mdiff.plugins.audio.nets.joint import JointEmbedding
-from mdiff.plugins.audio.nets.mel import HOP, RATE
+from mdiff.plugins.audio.nets.mel import BANDS, HOP, RATE, log_mel
 from mdiff.plugins.audio.nets.vocoder import MelInverter, griffin_lim
 
 
@@ -83,13 +93,38 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         frames = -(-frames // frames_step) * frames_step
         copies = int(request.options["candidates"])
         cond, uncond = embed(request.text), embed(request.negative)
-        carry["text"] = cond
+        carry["text"], carry["heard"] = cond, heard(request, carry, frames)
         return Problem(
             shape=(channels, frames // 4, 16),
+            given=tasks.encoded(carry["heard"], encode, decode),
             cond={"vector": cond.expand(copies, -1)},
             uncond={"vector": uncond.expand(copies, -1)},
             copies=copies,
         )
+
+    def heard(request: Request, carry: Mapping[str, Any], frames: int) -> Given | None:
+        """What the input says of what the autoencoder sees, (1, frames, 64)."""
+
+        def fit(sample: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
+            return to_image(log_mel(inputs.wave(sample, shape[1] * HOP, RATE))).to(device)
+
+        asked, units = -(-samples(request) // HOP), (RATE / HOP, 0.0)
+        shape = (1, asked, BANDS)
+        found = tasks.given(request, carry, shape, fit, forms=inputs.FORMS, units=units)
+        if found is None or found.start is None:
+            return found
+        # what is made beyond the end, for the UNet halves the axis of time, and then cut off
+        rest = (0, 0, 0, frames - asked)
+        return Given(
+            start=F.pad(found.start, rest, mode="replicate"),
+            keep=None if found.keep is None else F.pad(found.keep, rest),
+        )
+
+    def encode(image: Tensor) -> Tensor:
+        return autoencoder.encode(image).mean * config["latent_scale"]
+
+    def decode(latent: Tensor) -> Tensor:
+        return autoencoder.decode(latent / config["latent_scale"])
 
     def keep_latent(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
@@ -101,10 +136,10 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         coarse = latent_map.apply(x0[:1] / config["latent_scale"], config["latent_map"])
         return spectrogram.drawn(to_mel(coarse)[0], x0.shape[2] * 4 * HOP / RATE)
 
-    def decode(
+    def to_mels(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
-        mels = to_mel(autoencoder.decode(carry["latent"]))
+        mels = to_mel(tasks.restored(carry["heard"], autoencoder.decode(carry["latent"])))
         similarity = joint.embed_audio(mels) @ carry["text"][0]
         return {"mel": mels[similarity.argmax()]}
 
@@ -112,6 +147,8 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
         wave = griffin_lim(vocoder(carry["mel"][None]))[:, : samples(request)]
+        own = inputs.given(request, carry, wave.shape[1], RATE)
+        wave = inputs.woven(own, wave, RATE)
         return {"sample": {"audio": wave.cpu(), "rate": RATE}}
 
     return Model(
@@ -124,7 +161,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
                 finish=keep_latent,
                 preview=draw if "latent_map" in config else None,
             ),
-            Stage(name="mel", prepare=no_problem, denoiser=None, finish=decode),
+            Stage(name="mel", prepare=no_problem, denoiser=None, finish=to_mels),
             Stage(name="waveform", prepare=no_problem, denoiser=None, finish=vocode),
         ),
     )

@@ -22,6 +22,7 @@ from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
 from mdiff.core.noise import Noise
 from mdiff.core.samplers import Memory, Sampler
 from mdiff.core.schedules import Schedule, Time
+from mdiff.plugins.audio import inputs
 from mdiff.plugins.audio.nets.diffwave import DiffWave
 from mdiff.plugins.audio.spectrogram import thumbnail
 
@@ -154,6 +155,7 @@ def stage(net: DiffWave, config: Mapping[str, Any]) -> Stage:
         sampler = samplers.from_name(request.sampler) if config.get("clamp") else None
         return Problem(
             shape=(1, samples),
+            given=inputs.given(request, carry, samples, rate),
             cond={name: value.to(denoiser.device) for name, value in cond.items()},
             sampler=Clamped(inner=sampler) if sampler else None,
             grid=aligned(config["fast"]) if request.options.get("fast") else None,

@@ -15,6 +15,7 @@ from mdiff.core.errors import UsageError, nearest
 from mdiff.core.guidance import clamp
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
 from mdiff.core.nn.unet import UNet
+from mdiff.plugins.image import inputs
 from mdiff.plugins.image.io import to_pillow
 
 
@@ -98,14 +99,15 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
         shape = (config["unet"]["in_channels"], *size_of(request, config, unet.factor))
+        seen = inputs.given(request, carry, shape)
         if not labels:
-            return Problem(shape=shape)
+            return Problem(shape=shape, given=seen)
 
         def condition(name: str | None) -> dict[str, Tensor]:
             return {"label": torch.tensor([label_of(name, classes, labels)], device=device)}
 
         uncond = condition(None) if labels > len(classes) else None
-        return Problem(shape=shape, cond=condition(request.class_name), uncond=uncond)
+        return Problem(shape=shape, cond=condition(request.class_name), uncond=uncond, given=seen)
 
     def finish(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]

@@ -279,18 +279,21 @@ def in_channels(image: Tensor, channels: int) -> Tensor:
     return (colour * colour.new_tensor(LUMA).reshape(3, 1, 1)).sum(0, keepdim=True)
 
 
-def fitted(image: Tensor, size: int) -> Tensor:
-    """A picture (C, H, W) as a square (C, size, size): its short edge resized, antialiased, and the middle cut out."""
+def fitted(image: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """A picture (C, H, W) in another size, of a square's edge or (height, width): resized, antialiased, until it covers
+    that, and the middle cut out.
+    """
     import torch.nn.functional as F
 
+    high, wide = (size, size) if isinstance(size, int) else size
     _, height, width = image.shape
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        shape = [max(size, round(edge * scale)) for edge in (height, width)]
+    scale = max(high / height, wide / width)
+    if scale != 1:
+        shape = [max(high, round(height * scale)), max(wide, round(width * scale))]
         image = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
         image = image.clamp(0, 1)
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, top : top + size, left : left + size]
+    top, left = (image.shape[1] - high) // 2, (image.shape[2] - wide) // 2
+    return image[:, top : top + high, left : left + wide]
 
 
 MEDIA = tuple(

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mdiff.core import host as hosts
+from mdiff.core.errors import UsageError
 from mdiff.core.hooks import Model, ModelCard, Request
 from mdiff.core.pipeline import generate
+from mdiff.plugins.audio import inputs, io
 from mdiff.plugins.audio.audioldm import build, to_image, to_mel
 from mdiff.plugins.audio.nets.joint import JointEmbedding
 
@@ -110,3 +112,63 @@ def test_mel_and_image_are_inverse() -> None:
     mel = torch.randn(2, 64, 12)
     assert to_image(mel).shape == (2, 1, 12, 64)
     torch.testing.assert_close(to_mel(to_image(mel)), mel)
+
+
+# --- from a sound ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a second of a tone, at another rate and in two channels."""
+    path = tmp_path_factory.mktemp("sound") / "tone.wav"
+    tone = 0.4 * torch.sin(2 * torch.pi * 440 * torch.arange(11_025) / 22_050)
+    io.write(path, {"audio": tone.expand(2, -1), "rate": 22_050}, {"schema": 1}, {})
+    return path
+
+
+def own(sound: Path, samples: int) -> torch.Tensor:
+    return inputs.wave(io.read(sound), samples, 16_000)
+
+
+def test_full_strength_is_no_input(model: Model, card: ModelCard, sound: Path) -> None:
+    assert torch.equal(run(model, card, input=str(sound), strength=1.0), run(model, card))
+    some = run(model, card, input=str(sound), strength=0.5)
+    assert some.shape == (1, 8000) and not torch.equal(some, run(model, card))
+
+
+def test_a_hole_is_filled_and_the_rest_stays(model: Model, card: ModelCard, sound: Path) -> None:
+    made = run(model, card, input=str(sound), operator="hole 0.2:0.3", strength=1.0)
+    wave = own(sound, 8000)
+    known = torch.ones(8000, dtype=torch.bool)
+    known[3200 - 160 : 4800 + 160] = False  # and faded over on the side that is known
+    torch.testing.assert_close(made[:, known], wave[:, known])
+    assert (made - wave)[:, 3200:4800].abs().mean() > 0.01
+    problem = model.stages[0].prepare(
+        replace(REQUEST, input=str(sound), operator="hole 0.2:0.3", strength=1.0),
+        {"input": io.read(sound)},
+    )
+    assert problem.given is not None and problem.given.keep is not None
+    # 4 frames of 10 ms a latent row; rows 5 to 7 stand for the hole, the last two lie beyond the end
+    assert (~problem.given.keep[0, 0, :, 0]).nonzero().flatten().tolist() == [5, 6, 7, 12, 13]
+
+
+def test_a_sound_goes_on(model: Model, card: ModelCard, sound: Path) -> None:
+    made = run(model, card, input=str(sound), operator="extend 0:0.2", strength=1.0)
+    torch.testing.assert_close(made[:, : 4800 - 160], own(sound, 4800 - 160))
+    assert made.shape == (1, 8000) and made[:, 5000:].abs().mean() > 0
+
+
+def test_numbers_of_a_sound_are_seconds(model: Model, card: ModelCard, sound: Path) -> None:
+    for operator, words in (("upscale 2", "no operator 'upscale' here"), ("hole 1:2", "is empty")):
+        with pytest.raises(UsageError, match=words):
+            run(model, card, input=str(sound), operator=operator)
+
+
+def test_several_texts_and_the_way_between_two(model: Model, card: ModelCard) -> None:
+    one = run(model, card)
+    torch.testing.assert_close(run(model, card, to_text="a drum hit", position=0.0), one)
+    half = run(model, card, to_text="a drum hit", position=0.5)
+    drum = run(model, card, text="a drum hit")
+    assert not torch.equal(half, one) and not torch.equal(half, drum)
+    weighed = run(model, card, text="a flute playing C4 :1 | a drum hit :-0.5")
+    assert not torch.equal(weighed, one)

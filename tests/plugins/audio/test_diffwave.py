@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdiff.core import grids, noise, samplers
+from mdiff.core import grids, host, noise, samplers
 from mdiff.core.denoiser import Denoiser
 from mdiff.core.errors import UsageError
 from mdiff.core.hooks import ModelCard, Request
 from mdiff.core.host import Host
 from mdiff.core.pipeline import generate
 from mdiff.core.sampling import sample
+from mdiff.plugins.audio import io
 from mdiff.plugins.audio.diffwave import Clamped, aligned, build, linear, schedule
 from mdiff.plugins.audio.formats.diffwave import PUBLISHED
 from mdiff.plugins.audio.nets.diffwave import DiffWave
@@ -212,13 +213,13 @@ def card(network: dict[str, Any], **config: Any) -> ModelCard:
     )
 
 
-def made(card: ModelCard, **request: Any) -> Tensor:
+def made(card: ModelCard, by: Host | None = None, **request: Any) -> Tensor:
     torch.manual_seed(0)
     model = build(card, "cpu", torch.float32)
     for parameter in model.modules["diffwave"].parameters():  # the last ones start at zero
         torch.nn.init.normal_(parameter, std=0.3)
     full = {"sampler": "ddpm", "grid": "trailing", "steps": 4, "duration": 0.02, **request}
-    result = generate(model, card, Request(model=card.id, **full), host=Host([]))
+    result = generate(model, card, Request(model=card.id, **full), host=by or Host([]))
     assert result["rate"] == 16_000
     assert result["audio"].dtype == torch.float32
     return result["audio"]
@@ -262,3 +263,20 @@ def test_vocoder_stage_takes_the_mel_that_was_left() -> None:
     assert len(problem.grid(stage.denoiser.schedule)) == 7
     with pytest.raises(UsageError, match="stands behind a stage that leaves one"):
         stage.prepare(request, {})
+
+
+def test_a_sound_to_start_from(tmp_path: Path) -> None:
+    """On the waveform itself: what is kept is kept to the bit."""
+    path = tmp_path / "tone.wav"
+    tone = 0.4 * torch.sin(torch.arange(320) / 5)[None]
+    io.write(path, {"audio": tone, "rate": 16_000}, {"schema": 1}, {})
+    tone = io.read(path)["audio"]
+    given = {"input": str(path), "by": host.current()}
+    assert torch.equal(made(card({}), **given, strength=1.0), made(card({})))
+    near = made(card({}), **given, strength=0.001)
+    far = made(card({}), **given, strength=0.5)
+    assert (near - tone).abs().max() < 0.1 < (far - tone).abs().max()
+    filled = made(card({}), **given, operator="hole 0.005:0.01", strength=1.0)
+    torch.testing.assert_close(filled[:, :80], tone[:, :80], atol=1e-5, rtol=0)
+    torch.testing.assert_close(filled[:, 160:], tone[:, 160:], atol=1e-5, rtol=0)
+    assert (filled - tone)[:, 80:160].abs().mean() > 0.05
