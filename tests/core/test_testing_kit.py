@@ -93,6 +93,27 @@ WRONG = {
         "media",
         "not the one written",
     ),
+    "thumbnail": (
+        "__init__.py",
+        "thumbnail=thumbnail",
+        "thumbnail=lambda sample: b''",
+        "media",
+        "the thumbnail of .txt is bytes",
+    ),
+    "preview": (
+        "model.py",
+        'return thumbnail({"values"',
+        'return 3 if thumbnail else ({"values"',
+        "runs",
+        "the preview of stage 'fine' is int, not a Pillow image",
+    ),
+    "deaf": (
+        "model.py",
+        "given=tasks.given(request",
+        "given=None and tasks.given(request",
+        "inputs",
+        "did anything with the input",
+    ),
     "nothing": (
         "__init__.py",
         "def mdiff_media():\n    return [",
