@@ -251,6 +251,32 @@ def _round_trip(media: Media, sample: Mapping[str, Any], made: Mapping[str, Any]
         expect(found is None or whole, f"the record in {media.suffix} is not the one written")
 
 
+def _inputs(subject: _Subject) -> str:
+    """What a model makes is an input that it takes: at full strength it is not seen, below it is."""
+    from mdiff.core.pipeline import generate, medium
+
+    cards = [card for card in subject.cards if "input" in card.accepts]
+    for card in cards:
+        expect(card.id in subject.samples, f"{card.id} does not run")
+        request, model = subject.models[card.id]
+        sample = subject.samples[card.id]
+        made = record.make(request, card, dist="dist", dist_version="1", threads=1)
+        with tempfile.TemporaryDirectory() as folder:
+            media = medium(card, subject.host)
+            path = Path(folder) / f"input{media.suffix}"
+            media.write(path, sample, made, request.options)
+            for strength, alike in ((1.0, True), (0.5, False)):
+                asked = replace(request, seed=2, input=str(path), strength=strength)
+                found = generate(model, card, asked, host=subject.host)
+                plain = generate(model, card, replace(request, seed=2), host=subject.host)
+                same = all(_same(value, plain[key]) for key, value in found.items())
+                expect(same == alike, f"{card.id}: an input at strength {strength} {_SEEN[alike]}")
+    return f"{len(cards)} take what they make" if cards else "none"
+
+
+_SEEN = {True: "gives something else than no input", False: "changes nothing"}
+
+
 def _encoders(subject: _Subject) -> str:
     names = list(subject.host.offers(subject.name, "text_encoders"))
     for name in names:
@@ -336,6 +362,7 @@ CHECKS: Mapping[str, Callable[[_Subject], str]] = {
     "runs": _runs,
     "seeds": _seeds,
     "media": _media,
+    "inputs": _inputs,
     "encoders": _encoders,
 }
 """Each check by its name: it returns what it saw or raises."""
