@@ -121,6 +121,8 @@ def parameters(made: Mapping[str, Any], size: tuple[int, int]) -> str:
         "Size": f"{size[0]}x{size[1]}",
         "Model": made["model"],
     }
+    if "strength" in request:
+        facts["Denoising strength"] = format(request["strength"], "g")
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
 
 

@@ -96,12 +96,16 @@ def maker(toy: Host, toy_registry: Registry) -> Callable[..., Make]:
         card = toy_registry.cards["toy/gauss"]
 
         def make(
-            on_step: Any = None, files: Mapping[str, Tensor] | None = None, **fields: Any
+            on_step: Any = None,
+            files: Mapping[str, Tensor] | None = None,
+            resume: Any = None,
+            **fields: Any,
         ) -> Tensor:
             given = {name: {"values": value} for name, value in (files or {}).items()}
             named = dict.fromkeys(given, "file")
             request = Request(model=card.id, **{"sampler": "ddim", "steps": 12, **named, **fields})
-            return generate(model, card, request, host=toy, files=given, on_step=on_step)["values"]
+            how = {"files": given, "on_step": on_step, "resume": resume}
+            return generate(model, card, request, host=toy, **how)["values"]
 
         return make
 
@@ -442,6 +446,30 @@ def test_from_the_inverted_to_another_text_and_to_other_noise(
     assert gaps[:3] == sorted(gaps[:3]) and gaps[3:] == sorted(gaps[3:])
 
 
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"strength": 0.6},
+        {"operator": "hole 1:5", "strength": 0.9},
+        {"strength": 0.8, "invert": 2, "sampler": "ddim"},
+        {"to_seed": 4, "to_text": "wind", "position": 0.3, "strength": 1.0},
+        {"text": "rain :0.7 | wind :0.6", "strength": 0.5},
+    ],
+    ids=["strength", "hole", "invert", "way", "weights"],
+)
+def test_a_task_goes_on_from_its_state_bit_for_bit(
+    maker: Callable[..., Make], fields: dict[str, Any]
+) -> None:
+    shape = SHAPES[1]
+    make, states = maker(shape, Mixed(shape)), []
+    asked = {"files": {"input": data(shape)}, "text": "rain", "sampler": "ddpm", **fields}
+    whole = make(lambda moment: states.append(moment.state), **asked)
+    assert torch.equal(make(resume={0: states[2]}, **asked), whole)
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 
@@ -650,6 +678,20 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(
     assert (got, out) == (code, "") and words in err, err
     assert len([line for line in err.splitlines() if line.startswith("mdiff: ")]) == 1
     assert outputs() == before
+
+
+def test_variations_of_what_was_made(run: Callable[..., Any]) -> None:
+    def values(name: str, *arguments: object, target: tuple[str, ...] = ()) -> Tensor:
+        assert run(*arguments, "--out", name, target=target)[0] == 0
+        return torch.tensor(json.loads(Path(name).read_text().splitlines()[0]))
+
+    made = values("a.txt", "--sampler", "ddim", target=("toy", "--text", "rain", "--seed", "3"))
+    near, far = (
+        values(f"{p}.txt", "--again", "a.txt", "--to-seed", 7, "--position", p) for p in (0.2, 1)
+    )
+    assert 0 < (near - made).norm() < (far - made).norm()
+    other = values("c.txt", "--again", "a.txt", "--to-seed", 8, "--position", 0.2)
+    assert not torch.equal(other, near)
 
 
 def test_an_input_for_a_model_of_texts_alone(run: Callable[..., Any]) -> None:
