@@ -160,14 +160,15 @@ def _extend(
 
     Where nothing is known the start is its nearest known entry.
     """
-    pairs = _pairs("extend", words, units, lambda n: (n, n), (0.0, 0.0))
+    if len(words) == 1 and ":" not in words[0]:
+        words = [f"{words[0]}:{words[0]}"] * sum(unit > 0 for unit in units)
     bounds = [
-        (round(before * unit), size - round(after * unit))
-        for (before, after), size, unit in zip(pairs, shape[1:], units, strict=True)
+        (before, size - after)
+        for (before, after), size in zip(
+            _pairs("extend", words, units, [(0, 0)] * len(units)), shape[1:], strict=True
+        )
     ]
-    if any(
-        not 0 <= low < high <= size for (low, high), size in zip(bounds, shape[1:], strict=True)
-    ):
+    if any(low >= high for low, high in bounds):
         raise UsageError(
             f"operator 'extend {' '.join(words)}' leaves no room for the input in {shape[1:]}"
         )
@@ -182,14 +183,9 @@ def _hole(
     words: Sequence[str], shape: tuple[int, ...], units: Sequence[float], read: Read
 ) -> Given:
     """hole 1.0:1.5, hole 8:24 8:24: the input is kept but from there to there along each axis."""
-    pairs = _pairs("hole", words, units, lambda n: (n, n), None)
-    bounds = [
-        (0, size)
-        if pair is None
-        else (max(0, round(pair[0] * unit)), min(size, round(pair[1] * unit)))
-        for pair, size, unit in zip(pairs, shape[1:], units, strict=True)
-    ]
-    if any(not low < high for low, high in bounds):
+    bounds = _pairs("hole", words, units, [(0, size) for size in shape[1:]])
+    bounds = [(low, min(high, size)) for (low, high), size in zip(bounds, shape[1:], strict=True)]
+    if any(low >= high for low, high in bounds):
         raise UsageError(f"operator 'hole {' '.join(words)}' is empty in {shape[1:]}")
     return Given(start=read(shape), keep=~_box(shape, bounds))
 
@@ -215,35 +211,32 @@ def _number(name: str, words: Sequence[str], example: str) -> float:
 
 
 def _pairs(
-    name: str,
-    words: Sequence[str],
-    units: Sequence[float],
-    both: Callable[[float], tuple[float, float]],
-    absent: Any,
-) -> list[Any]:
-    """Two numbers for each axis: "a:b" for each axis that has a unit, or one number for all."""
+    name: str, words: Sequence[str], units: Sequence[float], pairs: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Two places for each axis: "a:b" in its units, or what `pairs` says of it."""
     axes = [axis for axis, unit in enumerate(units) if unit > 0]
     example = f"{name} {' '.join(['8:16'] * len(axes))}"
+    found = list(pairs)
     try:
-        found = [tuple(map(float, word.split(":"))) for word in words]
-        if len(found) == 1 and len(found[0]) == 1 and name == "extend":
-            found = [both(found[0][0])] * len(axes)
-        right = 1 <= len(found) <= len(axes) and all(len(pair) == 2 for pair in found)
-        right = right and all(0 <= n < float("inf") for pair in found for n in pair)
-    except ValueError:
-        right = False
-    if not right:
-        raise UsageError(f"operator {name!r} takes two numbers for an axis: --operator {example!r}")
-    pairs: list[Any] = [absent] * len(units)
-    for axis, pair in zip(axes, found, strict=False):
-        pairs[axis] = pair
-    return pairs
+        if not 1 <= len(words) <= len(axes):
+            raise ValueError
+        for axis, word in zip(axes, words, strict=False):
+            low, high = (round(float(number) * units[axis]) for number in word.split(":"))
+            if min(low, high) < 0:
+                raise ValueError
+            found[axis] = low, high
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"operator {name!r} takes two numbers for an axis: --operator {example!r}"
+        ) from None
+    return found
 
 
 def _box(shape: tuple[int, ...], bounds: Sequence[tuple[int, int]]) -> Tensor:
     """True between the bounds along every axis, (1, 1, *axes)."""
     box = torch.zeros(1, 1, *shape[1:], dtype=torch.bool)
-    box[(..., *(slice(low, high) for low, high in bounds))] = True
+    inside = tuple(slice(low, high) for low, high in bounds)
+    box[(slice(None), slice(None), *inside)] = True
     return box
 
 
@@ -323,7 +316,7 @@ def followed(
     if all(_same(cond, problem.cond) for cond in conds) and uncond is None:
         pass  # a stage that does not listen to texts
     elif request.to_text is not None:
-        made = under(_between(*conds, request.position or 0.0))
+        made = under(_between(conds[0], conds[1], request.position or 0.0))
     elif len(conds) > 1:
         if uncond is None:
             raise UsageError(f"{request.model} has no guidance, which several texts need: give one")
