@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from mdiff.core import latent_map
+from mdiff.core import latent_map, tasks
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
+from mdiff.plugins.image import inputs
 from mdiff.plugins.image.ddpm import denoiser, size_of, to_picture
 from mdiff.plugins.image.io import to_pillow
 
@@ -54,11 +55,20 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
         height, width = size_of(request, config, autoencoder.factor * unet.factor)
+        pixels = (config["autoencoder"]["in_channels"], height, width)
+        carry["seen"] = inputs.given(request, carry, pixels)
         return Problem(
             shape=(channels, height // autoencoder.factor, width // autoencoder.factor),
             cond=read(request.text),
             uncond=read(request.negative),
+            given=tasks.encoded(carry["seen"], encode, decode),
         )
+
+    def encode(x: Tensor) -> Tensor:
+        return autoencoder.encode(x.to(device)).mean * config["latent_scale"]
+
+    def decode(latent: Tensor) -> Tensor:
+        return autoencoder.decode(latent / config["latent_scale"])
 
     def keep_latent(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
@@ -74,10 +84,11 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     def no_problem(request: Request, carry: dict[str, Any]) -> Problem:
         return Problem(shape=())
 
-    def decode(
+    def to_pixels(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
-        return {"sample": {"image": to_picture(autoencoder.decode(carry["latent"]))}}
+        pixels = autoencoder.decode(carry["latent"])
+        return {"sample": {"image": to_picture(tasks.restored(carry.get("seen"), pixels))}}
 
     return Model(
         modules={"unet": unet, "autoencoder": autoencoder},
@@ -89,6 +100,6 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
                 finish=keep_latent,
                 preview=draw if "latent_map" in config else None,
             ),
-            Stage(name="image", prepare=no_problem, denoiser=None, finish=decode),
+            Stage(name="image", prepare=no_problem, denoiser=None, finish=to_pixels),
         ),
     )
