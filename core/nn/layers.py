@@ -66,12 +66,19 @@ def timestep_embedding(
     return torch.cat(waves[::-1] if sine_first else waves, dim=1)
 
 
+def served(rows: Tensor, x: Tensor) -> Tensor:
+    """Conditions (B, ...) for x (n B, ...) of which n rows in a row belong to each, as frames do to their clip."""
+    count = len(x) // len(rows)
+    return rows if count == 1 else rows.repeat_interleave(count, dim=0)
+
+
 class ResBlock(nn.Module):
     """Residual block: (norm, SiLU, conv) twice, with the embedding between them.
 
     `scale_shift` modulates the second norm as norm(h) (1 + scale) + shift (ADM); otherwise the embedding is added.
     `embedding` None makes a block without time, as autoencoders use. `resample`, a row of `RESAMPLE`, halves or
-    doubles every axis on both ways through the block (ADM). Shapes: x (B, C, *axes), emb (B, E).
+    doubles every axis on both ways through the block (ADM). Shapes: x (B, C, *axes), emb (B, E), or fewer
+    that are `served`.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class ResBlock(nn.Module):
         x, h = resample(x), conv(resample(activation(norm(x))))
         if emb is None:
             return self.skip_connection(x) + self.out_layers(h)
-        e = self.emb_layers(emb).to(h.dtype)
+        e = served(self.emb_layers(emb).to(h.dtype), h)
         e = e.reshape(*e.shape, *[1] * (h.ndim - 2))
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
@@ -152,7 +159,10 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens (B, L, C) to a context (B, M, K); without one, to themselves."""
+    """Multi-head attention of tokens (B, L, C) to a context (B, M, K); without one, to themselves.
+
+    A context of fewer rows is `served`.
+    """
 
     def __init__(self, channels: int, *, heads: int, context: int | None = None) -> None:
         super().__init__()
@@ -167,12 +177,163 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         source = x if context is None else context
         q, k, v = (
-            a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            served(a.unflatten(-1, (self.heads, -1)).transpose(1, 2), x)
             for a in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        attend = None if mask is None else mask.reshape(mask.shape[0], 1, 1, -1)
+        attend = None if mask is None else served(mask, x).reshape(x.shape[0], 1, 1, -1)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
         return self.to_out(h.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of tokens (B, L, C) among themselves, at positions that a bias or a rotation tells apart.
+
+    The rows of `qkv` are [q, k, v][head][channel]; heads are `width` wide. `rotary` channels of each are `rotated`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        width: int,
+        rotary: int = 0,
+        bias: tuple[bool, bool] = (True, True),
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rotary = rotary
+        self.qkv = nn.Linear(channels, 3 * heads * width, bias=bias[0])
+        self.proj_out = nn.Linear(heads * width, channels, bias=bias[1])
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the tokens say to each other, (B, L, C); `bias` is added to the logits, (B or 1, heads or 1, L, L)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)
+        q, k, v = qkv.unbind(dim=2)
+        if self.rotary:
+            q, k = rotated(q, self.rotary), rotated(k, self.rotary)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj_out(h.transpose(1, 2).flatten(2))
+
+
+def rotated(x: Tensor, channels: int, period: float = 10_000.0) -> Tensor:
+    """Tokens (..., L, D) of which pairs among the first channels are turned by angles that grow with the position.
+
+    Pair i turns by period^(-2 i / channels) a position, so that products of two tokens depend on how far apart they
+    are. Source: rotary position embedding (Su et al., 2021).
+    """
+    turned, rest = x[..., :channels], x[..., channels:]
+    position = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
+    i = torch.arange(0, channels, 2, dtype=torch.float32, device=x.device)
+    angles = position.unsqueeze(-1) * period ** (-i / channels)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((pairs.flatten(-2), rest), dim=-1)
+
+
+class RelativePositions(nn.Module):
+    """What each head adds to the logits of two tokens for how far apart they are: (1, heads, L, L) for L tokens.
+
+    Half of the buckets are for tokens after the one that looks. Half of those are exact, the others grow evenly in the
+    logarithm up to `farthest`, beyond which all are alike. Source: T5 (Raffel et al., 2020).
+    """
+
+    def __init__(self, heads: int, *, buckets: int = 32, farthest: int = 32) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.farthest = farthest
+        self.embedding = nn.Embedding(buckets, heads)
+
+    def forward(self, length: int) -> Tensor:
+        place = torch.arange(length, device=self.embedding.weight.device)
+        after = place - place.unsqueeze(-1)
+        half = self.buckets // 2
+        exact = half // 2
+        far = after.abs()
+        growth = math.log(self.farthest / exact)
+        # T5's own order of operations in float32: bounds between buckets fall where its do
+        scaled = torch.log(far.clamp(min=1).float() / exact) / growth * (half - exact)
+        bucket = torch.where(far < exact, far, (exact + scaled.long()).clamp(max=half - 1))
+        bucket = bucket + (after > 0) * half
+        return self.embedding(bucket).permute(2, 0, 1).unsqueeze(0)
+
+
+class FramePositions(nn.Module):
+    """The bias of all attention along frames: for how far apart two frames are, and -inf between clips.
+
+    Call: (frames T, clips (B, T) or None, x) gives (B or 1, heads or 1, T, T) of the type of x, where `clips` says
+    which of several clips each frame is of. Frames of one do not see those of another, so a still is a clip of one
+    frame (Ho et al., 2022, section 3.1).
+    """
+
+    def __init__(self, heads: int, *, relative: bool = True, farthest: int = 32) -> None:
+        super().__init__()
+        self.relative = RelativePositions(heads, farthest=farthest) if relative else None
+
+    def forward(self, frames: int, clips: Tensor | None, x: Tensor) -> Tensor:
+        bias = x.new_zeros(1, 1, 1, 1).expand(1, 1, frames, frames)
+        if self.relative is not None:
+            bias = self.relative(frames).to(x.dtype)
+        if clips is None:
+            return bias
+        apart = clips.unsqueeze(1) != clips.unsqueeze(2)
+        return bias.masked_fill(apart.unsqueeze(1), float("-inf"))
+
+
+def folded(x: Tensor) -> Tensor:
+    """Clips (B, C, T, *axes) -> their frames in a row (B T, C, *axes)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfolded(x: Tensor, frames: int) -> Tensor:
+    """The inverse of `folded`."""
+    return x.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def along_frames(x: Tensor, bias: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What `attend` makes of the tokens of each position through time, where frames are folded into the batch.
+
+    Args:
+        x: tokens of the positions of each frame, (B T, P, C).
+        bias: (B or 1, heads or 1, T, T).
+        attend: (tokens (B P, T, C), bias (B P or 1, ...)) -> tokens.
+    """
+    positions, frames = x.shape[1], bias.shape[-1]
+    tokens = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
+    if len(bias) > 1:
+        bias = bias.repeat_interleave(positions, dim=0)
+    return attend(tokens, bias).unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
+
+
+class FrameAttention(nn.Module):
+    """Self-attention along the frames of clips, at each position by itself, with a residual connection.
+
+    Frames are folded into the batch: x (B T, C, *axes), bias (B or 1, heads or 1, T, T) as `FramePositions` gives it.
+    Source: the factorised attention of Video Diffusion Models (Ho et al., 2022, section 3).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        rotary: bool = False,
+        groups: int = 32,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        width = channels // heads
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.attention = SelfAttention(
+            channels, heads=heads, width=width, rotary=width if rotary else 0
+        )
+        zero(self.attention.proj_out)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        h = along_frames(tokens, bias, self.attention)
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class FeedForward(nn.Module):

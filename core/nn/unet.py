@@ -1,8 +1,8 @@
 """The UNet of DDPM's lineage over 1, 2 or 3 axes: net(x, t, **cond) -> output of x's shape (or another channel count).
 
-DDPM, Improved DDPM, ADM, latent diffusion, Stable Diffusion and AudioLDM are this network with other arguments. Layout
-and names (`time_embed`, `input_blocks`, `middle_block`, `output_blocks`, `out`) follow the OpenAI lineage, so that
-checkpoints need little renaming (`layouts.py`).
+DDPM, Improved DDPM, ADM, latent diffusion, Stable Diffusion, AudioLDM and Video Diffusion Models are this network with
+other arguments. Layout and names (`time_embed`, `input_blocks`, `middle_block`, `output_blocks`, `out`) follow the
+OpenAI lineage, so that checkpoints need little renaming (`layouts.py`).
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,44 @@ from mdiff.core.nn.layers import (
     CONV,
     AttentionBlock,
     Downsample,
+    FrameAttention,
+    FramePositions,
     ResBlock,
     SpatialTransformer,
     Upsample,
+    folded,
     timestep_embedding,
+    unfolded,
     zero,
 )
 
 
 class _Blocks(nn.ModuleList):
-    """A row of blocks that all take (x, emb, context); a bare convolution (the stem) takes x alone."""
+    """A row of blocks that take (x, emb, context); attention along frames takes (x, frames), the stem x alone."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None, frames: Tensor | None = None
+    ) -> Tensor:
         for block in self:
-            x = block(x, emb, context) if not isinstance(block, tuple(CONV.values())) else block(x)
+            if isinstance(block, FrameAttention):
+                x = block(x, frames)
+            elif isinstance(block, tuple(CONV.values())):
+                x = block(x)
+            else:
+                x = block(x, emb, context)
         return x
+
+
+def each_frame(value: Tensor | None, clips: Tensor) -> Tensor | None:
+    """A condition of clips (B, G, ...) for frames folded into the batch (B T, ...), by the clip of each, (B, T)."""
+    if value is None:
+        return None
+    if value.ndim < 2 or len(value) != len(clips):
+        raise UsageError(
+            f"a condition of {tuple(value.shape)} for clips {tuple(clips.shape)}: give one for each clip of a row"
+        )
+    rows = torch.arange(len(clips), device=clips.device).unsqueeze(1)
+    return value[rows, clips].flatten(0, 1)
 
 
 def _two_layers(width: int, out: int) -> nn.Sequential:
@@ -41,7 +64,7 @@ class UNet(nn.Module):
     """UNet with a time embedding, and optionally a condition vector, a class and a context to attend to.
 
     Args:
-        axes: 1 (audio), 2 (images, spectrograms) or 3 (video).
+        axes: 1 (audio), 2 (images, spectrograms) or 3: those of convolutions.
         out_channels: twice those of the data where the variance is learned (Improved DDPM).
         channels: width of the first level; level i has channels * multipliers[i].
         blocks: residual blocks per level on the way down (one more on the way up).
@@ -62,9 +85,16 @@ class UNet(nn.Module):
         groups, eps: of all norms but those of spatial transformers, whose eps is 1e-6; DDPM's is that too.
         sine_first, frequency_shift: of `timestep_embedding`; true and 1 in DDPM.
         dropout: before the last convolution of a residual block.
+        frame_heads: heads of attention along an axis more, that of frames, which stands before the others in x; no
+            convolution, norm or other attention crosses it (Ho et al., 2022: Video Diffusion). None: there is no such.
+        frame_levels: levels with attention along frames, after the other attention; it is in the middle too.
+        frame_rotary: it tells frames apart by `layers.rotated` instead of `layers.RelativePositions`.
 
     Call: net(x (B, in_channels, *axes), t (B,), vector=(B, V), context=(B, M, K), label=(B,)) gives
     (B, out_channels, *axes). Every axis must be divisible by `factor`.
+
+    With frames x is (B, in_channels, T, *axes) for any T. Then clips=(B, T) may say that a row holds several clips, 0
+    to G - 1, and of which each frame is. They do not see each other, and other conditions are (B, G, ...), of each one.
 
     Raises:
         UsageError: an axis does not divide, or a condition that the network was built with is missing.
@@ -98,9 +128,13 @@ class UNet(nn.Module):
         sine_first: bool = False,
         frequency_shift: int = 0,
         dropout: float = 0.0,
+        frame_heads: int | None = None,
+        frame_levels: Sequence[int] = (),
+        frame_rotary: bool = False,
     ) -> None:
         super().__init__()
         conv = CONV[axes]
+        self.axes = axes
         self.blocks = blocks
         self.levels = len(multipliers)
         self.factor = 2 ** (self.levels - 1)
@@ -118,6 +152,9 @@ class UNet(nn.Module):
         self.film_emb = nn.Linear(beside, width) if beside is not None else None
         self.vector_embed = _two_layers(added, width) if added is not None else None
         self.label_emb = nn.Embedding(classes, width) if classes is not None else None
+        self.frame_positions = (
+            FramePositions(frame_heads, relative=not frame_rotary) if frame_heads else None
+        )
         depths = [depth] * self.levels if isinstance(depth, int) else depth
         residual = partial(
             ResBlock,
@@ -136,6 +173,14 @@ class UNet(nn.Module):
             return SpatialTransformer(
                 axes, c, heads=count, context=context, depth=depths[level], groups=groups
             )
+
+        def along(c: int) -> list[nn.Module]:
+            """Attention along frames, where there are any."""
+            if frame_heads is None:
+                return []
+            return [
+                FrameAttention(c, heads=frame_heads, rotary=frame_rotary, groups=groups, eps=eps)
+            ]
 
         def halve(c: int) -> nn.Module:
             if resample_residual:
@@ -157,13 +202,15 @@ class UNet(nn.Module):
                 c = widths[level]
                 if level in attention:
                     row.append(attend(c, level))
+                if level in frame_levels:
+                    row += along(c)
                 self.input_blocks.append(_Blocks(row))
                 skips.append(c)
             if level < last:
                 self.input_blocks.append(_Blocks([halve(c)]))
                 skips.append(c)
         middle = [attend(c, last)] if attention_middle else []
-        self.middle_block = _Blocks([residual(c, c), *middle, residual(c, c)])
+        self.middle_block = _Blocks([residual(c, c), *middle, *along(c), residual(c, c)])
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(self.levels)):
             for i in range(blocks + 1):
@@ -171,6 +218,8 @@ class UNet(nn.Module):
                 c = widths[level]
                 if level in attention and (i == blocks or not attention_up_last):
                     row.append(attend(c, level))
+                if level in frame_levels:
+                    row += along(c)
                 if level > 0 and i == blocks:
                     row.append(double(c))
                 self.output_blocks.append(_Blocks(row))
@@ -188,16 +237,28 @@ class UNet(nn.Module):
         vector: Tensor | None = None,
         context: Tensor | None = None,
         label: Tensor | None = None,
+        clips: Tensor | None = None,
     ) -> Tensor:
-        if any(size % self.factor for size in x.shape[2:]):
+        sizes = tuple(x.shape[-self.axes :])
+        if any(size % self.factor for size in sizes):
             raise UsageError(
-                f"sizes {tuple(x.shape[2:])} do not fit this network: every axis must be a multiple of {self.factor}"
+                f"sizes {sizes} do not fit this network: every axis must be a multiple of {self.factor}"
             )
         given = {"vector": vector, "context": context, "label": label}
         for name, value in given.items():
             if (name in self.conditions) != (value is not None):
                 verb = "needs" if value is None else "does not take"
                 raise UsageError(f"this UNet {verb} the condition {name!r}")
+        frames = None
+        if self.frame_positions is not None:
+            count = x.shape[2]
+            frames = self.frame_positions(count, clips, x)
+            if clips is not None:
+                t = t.repeat_interleave(count)
+                vector, context, label = (each_frame(value, clips) for value in given.values())
+            x = folded(x)
+        elif clips is not None:
+            raise UsageError("this UNet does not take the condition 'clips'")
         emb = self.time_embed(self.sinusoids(t).to(x.dtype))
         if self.label_emb is not None:
             emb = emb + self.label_emb(label)
@@ -208,9 +269,10 @@ class UNet(nn.Module):
         skips = []
         h = x
         for block in self.input_blocks:
-            h = block(h, emb, context)
+            h = block(h, emb, context, frames)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self.middle_block(h, emb, context, frames)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, frames)
+        out = self.out(h)
+        return out if frames is None else unfolded(out, frames.shape[-1])
