@@ -1,4 +1,5 @@
 """Tasks: what a request asks of a stage besides a sample from pure noise, on any number of axes.
+(What a model is trained by is a `hooks.Task`.)
 
 A plugin makes of the request's input what its stage can use (`given`, and `encoded` where the stage
 works on latents), and after the stage puts back what is known (`restored`). All else is done here
