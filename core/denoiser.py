@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mdiff.core.errors import UsageError
 from mdiff.core.names import pick
-from mdiff.core.schedules import Schedule, Time, V, blend, pad
+from mdiff.core.schedules import Schedule, Time, V, blend, from_name, pad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +304,22 @@ class Denoiser:
         """A parameter of the network, for its device and dtype; `default` if it has none."""
         parameters = self.net.parameters() if isinstance(self.net, nn.Module) else iter(())
         return next((p for p in parameters if p.is_floating_point()), default)
+
+
+def from_config(net: Callable[..., Tensor], config: Mapping[str, Any]) -> Denoiser:
+    """The denoiser that a model's `config` describes.
+
+    Its schedule is the name of one of the core's with its parameters; `predicts`, and where it differs from "index"
+    and false, `time` and `learned_variance`, are the fields of `Denoiser`.
+    """
+    params = dict(config["schedule"])
+    return Denoiser(
+        net,
+        from_name(params.pop("name"), **params),
+        predicts=config["predicts"],
+        time=config.get("time", "index"),
+        learned_variance=config.get("learned_variance", False),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

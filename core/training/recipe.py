@@ -351,6 +351,15 @@ def settings(kind: type[S], table: Mapping[str, Any]) -> S:
     return found
 
 
+def within(settings: Any, **bounds: tuple[float, float]) -> None:
+    """Raises a UsageError for the first of a plugin's settings that lies outside its bounds, (lowest, highest)."""
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            right = f"{low} or more" if high == float("inf") else f"between {low} and {high}"
+            raise UsageError(f"[task]: {name} is {value}, it has to be {right}")
+
+
 def to_table(recipe: Recipe) -> dict[str, Any]:
     """A recipe as nested tables, with all that holds by default; `from_table` reads it back."""
     return _plain(recipe)

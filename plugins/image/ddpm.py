@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.core import schedules
-from mdiff.core.denoiser import Denoise, Denoiser
+from mdiff.core.denoiser import Denoise, Denoiser, from_config
 from mdiff.core.errors import UsageError, nearest
 from mdiff.core.guidance import clamp
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
@@ -45,15 +44,7 @@ def size_of(request: Request, config: Mapping[str, Any], factor: int) -> tuple[i
 
 def denoiser(card: ModelCard, unet: UNet) -> Denoiser:
     """The UNet of a card with its schedule and what it predicts: what is trained, and what samples."""
-    config = card.config
-    params = dict(config["schedule"])
-    return Denoiser(
-        unet,
-        schedules.from_name(params.pop("name"), **params),
-        predicts=config["predicts"],
-        time=config.get("time", "index"),
-        learned_variance=config.get("learned_variance", False),
-    )
+    return from_config(unet, card.config)
 
 
 def classes_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 Two stages: the latent UNet, which attends to the token states of a frozen text encoder, and the autoencoder's decoder.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,23 +11,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mdiff.core import latent_map, tasks
-from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, TextEncoder, text_encoder
+from mdiff.core.conditions import token_states
+from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.plugins.image import inputs
 from mdiff.plugins.image.ddpm import denoiser, size_of, to_picture
 from mdiff.plugins.image.io import to_pillow
-
-
-def token_states(encoder: TextEncoder, texts: Sequence[str], length: int) -> Tensor:
-    """What the UNet attends to (B, length, D), float32: token states, cut off or filled up with zeros.
-
-    Every text has as many tokens, as Stable Diffusion's have 77, so that texts of a batch and the two halves of
-    guidance go together.
-    """
-    states = encoder.encode(texts)
-    tokens = states.tokens.float().masked_fill(~states.mask.unsqueeze(-1), 0)[:, :length]
-    return F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
 
 
 def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:

@@ -1,7 +1,7 @@
 """How the parts of the image systems are trained: a task for each, and its settings, a recipe's table [task]."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdiff.core.conditions import spread, token_states
 from mdiff.core.errors import UsageError, nearest
 from mdiff.core.hooks import Example, Model, ModelCard, Task, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
@@ -17,7 +18,6 @@ from mdiff.core.training import recipe
 from mdiff.core.training.draws import Draws
 from mdiff.plugins.image import io
 from mdiff.plugins.image.ddpm import classes_of, denoiser, label_of, to_signed
-from mdiff.plugins.image.stable_diffusion import token_states
 
 Rows = Mapping[str, Tensor]
 
@@ -31,15 +31,6 @@ def pixels(example: Example, size: int, channels: int) -> Tensor:
 def mirrored(x: Tensor, which: Tensor) -> Tensor:
     """Pictures (B, C, H, W), those of `which` (B,) with left and right exchanged."""
     return torch.where(which.reshape(-1, 1, 1, 1), x.flip(-1), x)
-
-
-def _within(settings: Any, **bounds: tuple[float, float]) -> None:
-    """Raises a UsageError for the first of the settings that lies outside its bounds."""
-    for name, (low, high) in bounds.items():
-        value = getattr(settings, name)
-        if not low <= value <= high:
-            right = f"{low} or more" if high == math.inf else f"between {low} and {high}"
-            raise UsageError(f"[task]: {name} is {value}, it has to be {right}")
 
 
 # --- DDPM -----------------------------------------------------------------------------------------
@@ -58,7 +49,7 @@ class DDPMSettings:
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        _within(self, drop=(0, 1))
+        recipe.within(self, drop=(0, 1))
 
 
 def ddpm_task(card: ModelCard, model: Model, settings: DDPMSettings) -> Task:
@@ -114,7 +105,7 @@ class AutoencoderSettings:
     unit: float = 0.01
 
     def __post_init__(self) -> None:
-        _within(self, edges=(0, math.inf), kl=(0, math.inf), unit=(0, math.inf))
+        recipe.within(self, edges=(0, math.inf), kl=(0, math.inf), unit=(0, math.inf))
 
 
 SCALES = 4
@@ -180,12 +171,7 @@ class LatentSettings:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        _within(self, wordings=(1, math.inf), drop=(0, 1))
-
-
-def spread(texts: Sequence[str], count: int) -> list[str]:
-    """So many of the texts, from the first to the last evenly; some of them twice where there are fewer."""
-    return [texts[round(i * (len(texts) - 1) / max(1, count - 1))] for i in range(count)]
+        recipe.within(self, wordings=(1, math.inf), drop=(0, 1))
 
 
 def latent_task(card: ModelCard, model: Model, settings: LatentSettings) -> Task:

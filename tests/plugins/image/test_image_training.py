@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mdiff.core import host as hosts
 from mdiff.core import losses, pipeline, times
+from mdiff.core.conditions import spread, token_states
 from mdiff.core.errors import UsageError
 from mdiff.core.hooks import Example, Model, ModelCard, Request, Task, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.training.draws import Draws
 from mdiff.plugins.image import mdiff_build, mdiff_recipes, training
-from mdiff.plugins.image.stable_diffusion import token_states
-from mdiff.plugins.image.training import edge_loss, spread
+from mdiff.plugins.image.training import edge_loss
 
 Card = Callable[..., ModelCard]
 CLASSES = {"classes": ["cat", "dog"], "unet": {"classes": 3}}

@@ -10,10 +10,10 @@ import torch
 
 from mdiff.core import host as hosts
 from mdiff.core import pipeline, registry
+from mdiff.core.conditions import token_states
 from mdiff.core.errors import UsageError
 from mdiff.core.hooks import Model, ModelCard, Request, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
-from mdiff.plugins.image.stable_diffusion import token_states
 
 OPTIONS = [{"name": name, "type": "int", "default": 16} for name in ("height", "width")]
 REQUEST = Request(
