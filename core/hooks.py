@@ -175,6 +175,7 @@ class Given:
         operator, measurement: measurement = operator(x) for the x that is looked for, or for what
             `decode` makes of it.
         encode, decode: between x and what the operator sees, where those differ (latents).
+        pull: scale of reconstruction guidance, which draws what is not known to what is; 0 for none.
     """
 
     start: Tensor | None = None
@@ -183,6 +184,7 @@ class Given:
     measurement: Tensor | None = None
     encode: Callable[[Tensor], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
+    pull: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ for every modality: where the sampler begins (`begin`), and what it follows (`fo
     strength        begins at x_t = alpha_t start + sigma_t z, at the level that it says
     mask            what is kept replaces what the denoiser says (`guidance.replacement`)
     operator        so does what was measured; some operators are masks without a file
+    pull            what is not known is drawn to what is (`guidance.reconstruction`)
     invert          z is the noise that DDIM comes back to the start from
     to_seed         z lies between the noises of two seeds, on the great circle
     to_text         conditions lie between those of two texts, on the straight line
@@ -26,7 +27,7 @@ from mdiff.core import inversion, operators
 from mdiff.core.denoiser import Denoise
 from mdiff.core.errors import UsageError, nearest
 from mdiff.core.grids import Grid
-from mdiff.core.guidance import classifier_free, composed, replacement
+from mdiff.core.guidance import classifier_free, composed, reconstruction, replacement
 from mdiff.core.hooks import Given, Media, Problem, Request, Stage
 from mdiff.core.noise import Noise
 from mdiff.core.operators import Linear
@@ -139,11 +140,11 @@ def _upscale(
 ) -> Given:
     """upscale 4: the input is the mean over blocks of 4 along each axis."""
     factor = _number("upscale", words, "upscale 4")
-    if factor != int(factor) or not all(size % int(factor) == 0 for size in shape[1:]):
-        raise UsageError(
-            f"operator 'upscale {factor:g}': the sizes {shape[1:]} are no multiples of it"
-        )
-    return measured(operators.downsample([int(factor)] * (len(shape) - 1)), shape, read)
+    sizes = tuple(size for size, unit in zip(shape[1:], units, strict=True) if unit > 0)
+    if factor != int(factor) or not all(size % int(factor) == 0 for size in sizes):
+        raise UsageError(f"operator 'upscale {factor:g}': the sizes {sizes} are no multiples of it")
+    factors = [int(factor) if unit > 0 else 1 for unit in units]
+    return measured(operators.downsample(factors), shape, read)
 
 
 def _sharpen(
@@ -328,14 +329,22 @@ def followed(
 
 
 def _known(denoise: Denoise, given: Given | None) -> Denoise:
-    """The denoiser with what is known in its place."""
-    if given is not None and given.operator is not None and given.measurement is not None:
-        return replacement(
-            denoise, given.operator, given.measurement, encode=given.encode, decode=given.decode
-        )
-    if given is not None and given.keep is not None and given.start is not None:
-        return replacement(denoise, operators.mask(given.keep), given.start)
-    return denoise
+    """The denoiser with what is known in its place, and the rest drawn to it as far as is asked."""
+    if given is None:
+        return denoise
+    operator, known = given.operator, given.measurement
+    if operator is None and given.keep is not None:
+        operator, known = operators.mask(given.keep), given.start
+    if operator is None or known is None:
+        return denoise
+    if given.pull:
+        seen = operator if given.decode is None else _after(given.decode, operator)
+        denoise = reconstruction(denoise, seen, known, given.pull)
+    return replacement(denoise, operator, known, encode=given.encode, decode=given.decode)
+
+
+def _after(decode: Callable[[Tensor], Tensor], operator: Linear) -> Callable[[Tensor], Tensor]:
+    return lambda x0: operator(decode(x0))
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
