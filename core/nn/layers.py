@@ -222,14 +222,16 @@ def rotated(x: Tensor, channels: int, period: float = 10_000.0) -> Tensor:
     Pair i turns by period^(-2 i / channels) a position, so that products of two tokens depend on how far apart they
     are. Source: rotary position embedding (Su et al., 2021).
     """
-    turned, rest = x[..., :channels], x[..., channels:]
+    width = x.shape[-1]
     position = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
     i = torch.arange(0, channels, 2, dtype=torch.float32, device=x.device)
     angles = position.unsqueeze(-1) * period ** (-i / channels)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((pairs.flatten(-2), rest), dim=-1)
+    angles = F.pad(angles.repeat_interleave(2, dim=-1), (0, width - channels))
+    # (a, b) -> (-b, a) of each pair as a matrix, for neighbours that change places are slow to address
+    quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=x.dtype, device=x.device)
+    turn = torch.kron(torch.eye(width // 2, dtype=x.dtype, device=x.device), quarter)
+    turn = F.pad(turn, (0, width % 2, 0, width % 2))
+    return x * angles.cos().to(x.dtype) + (x @ turn) * angles.sin().to(x.dtype)
 
 
 class RelativePositions(nn.Module):
