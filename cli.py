@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import click
 
 import mdiff
-from mdiff.core.errors import MdiffError, MissingError, UsageError, nearest
+from mdiff.core.errors import (
+    IntegrityError,
+    MdiffError,
+    MissingError,
+    NonFiniteError,
+    UsageError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from mdiff.core.evaluation import OnProgress
@@ -40,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except MdiffError as error:
-        return _fail(str(error), error.exit_code)
+        alike = isinstance(error, UsageError | MissingError | IntegrityError | NonFiniteError)
+        return _fail(str(error), error.exit_code, alike)
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 130, alike=True)
     except BrokenPipeError:
         # The reader of stdout (head, say) has gone: keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"unexpected {kind}: {error} (MDIFF_DEBUG=1 shows where it comes from)", 1)
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, alike: bool = False) -> int:
+    """Says what went wrong; what all processes of a training find alike, the first one on each machine says."""
+    if alike and os.environ.get("LOCAL_RANK", "0") != "0":
+        return code
     if os.environ.get("MDIFF_DEBUG") == "1":
         traceback.print_exc()
     click.echo(f"mdiff: {' '.join(message.split())}", err=True)
@@ -557,6 +568,10 @@ def train(
             if (out / recipes.NAME).is_file():
                 log.say(f"to go on: mdiff train {_folder(out)} --resume")
             raise
+        except RuntimeError as error:  # in the words of what joins the processes
+            if "by peer" not in str(error):
+                raise
+            raise MdiffError("another process of this training ended, and says why") from error
     if not (as_json or silent):
         click.echo(str(out))
 

@@ -20,7 +20,6 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 from mdiff.core import packages, record
@@ -64,7 +63,8 @@ class Scan(NamedTuple):
 def scan(folder: Path, suffixes: Collection[str]) -> Scan:
     """The examples of a folder, as far as they can be read, and every problem."""
     if not folder.is_dir():
-        return Scan([], [MissingError(f"there is no folder {str(folder)!r}")])
+        hint = ": it is a file, give the folder that it is in" if folder.is_file() else ""
+        return Scan([], [MissingError(f"there is no folder {str(folder)!r}{hint}")])
     wanted = {suffix.lower() for suffix in suffixes}
     files = _files(folder)
     media = [f for f in files if f.suffix.lower() in wanted and f.name not in _READERS]
@@ -180,9 +180,10 @@ def build(
         return packages.fetch(spec, cache)
 
     record.make_folder(out.resolve().parent)
-    aside = Path(mkdtemp(prefix=f".{out.name}-", dir=out.resolve().parent))
+    aside = out.resolve().parent / f".{out.name}-unfinished"
+    rmtree(aside, ignore_errors=True)  # of a process that was killed
+    record.make_folder(aside)
     try:
-        aside.chmod(0o755)  # mkdtemp's folder is for its owner alone
         dataset.build(aside, fetch)
         for name in (METADATA, LICENCES):
             if not (aside / name).is_file():

@@ -38,8 +38,8 @@ def examine(registry: Registry, out: Path) -> Iterator[Check]:
         )
     for problem in registry.problems:
         yield Check("registry", False, problem)
-    for card in (*registry.cards.values(), *registry.encoders.values()):
-        yield _weights(card)
+    for cards in (registry.cards, *registry.apart.values()):
+        yield from map(_weights, cards.values())
     yield _writable(out)
 
 

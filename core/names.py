@@ -36,11 +36,26 @@ def make(
     """
     row = pick(kind, table, name)
     signature = inspect.signature(row)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    form = f"it is {name}{inspect.Signature(bare)}"
     try:
-        signature.bind(*args, **params)
+        given = signature.bind(*args, **params).arguments
     except TypeError as error:
-        raise UsageError(f"{kind} {name!r}: {error}; it is {name}{signature}") from None
+        raise UsageError(f"{kind} {name!r}: {error}; {form}") from None
+    for key, value in given.items():
+        words, refused = _REFUSED.get(signature.parameters[key].annotation, ("", ()))
+        if isinstance(value, refused):
+            raise UsageError(f"{kind} {name!r}: {key} should be {words}, it is {value!r}; {form}")
     return row(*args, **params)
+
+
+_REFUSED: Mapping[Any, tuple[str, tuple[type, ...]]] = {
+    float: ("a number", (str, list, dict)),
+    int: ("a whole number", (str, list, dict, float)),
+    str: ("text", (bool, int, float, list, dict)),
+    bool: ("true or false", (str, float, list, dict)),
+}
+"""By the type that a parameter has: what to call it, and what a file or a command line may have said instead."""
 
 
 class Described(NamedTuple):

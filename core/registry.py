@@ -40,18 +40,20 @@ _ID = re.compile(r"[a-z0-9][a-z0-9_.-]*/[a-z0-9][a-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TABLES = ("config", "defaults", "measured")
 _TEXTS = ("system", "summary", "licence", "source")
+APART = ("encoders", "evaluators")
+"""Tables of networks that ship beside models and run in no request: text encoders, and judges that metrics ask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
     """The models at hand. `problems` holds a line for each registry.toml that could not be used.
 
-    `encoders` are cards of text encoders: weights that ship, but nothing that runs by itself.
+    `apart` are the cards of networks that are no models, by table and id: `APART`.
     """
 
     host: Host
     cards: Mapping[str, ModelCard] = field(default_factory=dict)
-    encoders: Mapping[str, ModelCard] = field(default_factory=dict)
+    apart: Mapping[str, Mapping[str, ModelCard]] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -78,6 +80,11 @@ class Registry:
             return self.cards[short[0]]
         if (Path(name) / NAME).is_file():
             return read_folder(Path(name), self.host)
+        if Path(name).is_dir() and name not in self.host.names():
+            raise MissingError(
+                f"the folder {name} is no model: it has no {NAME}; that of a training has one from its first "
+                "checkpoint on"
+            )
         return self._from_plugin(name)
 
     def _from_plugin(self, name: str) -> ModelCard:
@@ -89,7 +96,7 @@ class Registry:
                     return card
         known = (*self.cards, *self.defaults, *(id.split("/")[1] for id in self.cards))
         raise MissingError(
-            f"no model {name!r}{nearest(name, known)} `mdiff models` lists what is installed"
+            f"no model {name!r}{nearest(name, known)} (`mdiff models` lists what is installed)"
         )
 
 
@@ -101,21 +108,22 @@ def load(host: Host) -> Registry:
         if path is not None:
             owners.setdefault(path, []).append(record.name)
     cards: dict[str, ModelCard] = {}
-    encoders: dict[str, ModelCard] = {}
+    apart: dict[str, dict[str, ModelCard]] = {kind: {} for kind in APART}
     defaults: dict[str, str] = {}
     problems: list[str] = []
     usable = set(host.names())
     for path, plugins in owners.items():
         try:
-            found, chosen, listening = read(path, plugins)
+            found, chosen, beside = read(path, plugins)
         except UsageError as error:
             problems.append(str(error))
             continue
         cards |= {id: card for id, card in found.items() if card.plugin in usable}
-        encoders |= {id: card for id, card in listening.items() if card.plugin in usable}
+        for kind, entries in beside.items():
+            apart[kind] |= {id: card for id, card in entries.items() if card.plugin in usable}
         defaults |= {name: id for name, id in chosen.items() if found[id].plugin in usable}
     return Registry(
-        host=host, cards=cards, encoders=encoders, defaults=defaults, problems=tuple(problems)
+        host=host, cards=cards, apart=apart, defaults=defaults, problems=tuple(problems)
     )
 
 
@@ -157,8 +165,8 @@ def read_folder(folder: Path, host: Host) -> ModelCard:
 
 def read(
     path: Path, plugins: Collection[str] | None
-) -> tuple[dict[str, ModelCard], dict[str, str], dict[str, ModelCard]]:
-    """The cards of models, the defaults and the cards of encoders of a registry.toml, checked strictly.
+) -> tuple[dict[str, ModelCard], dict[str, str], dict[str, dict[str, ModelCard]]]:
+    """The cards of models, the defaults and the cards by table of what is `APART`, of a registry.toml, checked strictly.
 
     Args:
         plugins: the plugins that may have models in it, None for any.
@@ -171,11 +179,15 @@ def read(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}") from error
     check = Checker(str(path))
-    check.keys("", table, ("defaults", "models", "encoders"))
-    cards, encoders = (
-        {id: card_of(check, id, entry, path.parent, plugins) for id, entry in entries.items()}
-        for entries in (check.typed("", table, kind, dict, {}) for kind in ("models", "encoders"))
-    )
+    check.keys("", table, ("defaults", "models", *APART))
+
+    def cards_of(kind: str) -> dict[str, ModelCard]:
+        entries = check.typed("", table, kind, dict, {})
+        return {
+            id: card_of(check, id, entry, path.parent, plugins) for id, entry in entries.items()
+        }
+
+    cards, apart = cards_of("models"), {kind: cards_of(kind) for kind in APART}
     defaults = check.typed("", table, "defaults", dict, {})
     for name, id in defaults.items():
         check.that(id in cards, "defaults", f"{name} = {id!r} is not a model of this file")
@@ -187,7 +199,20 @@ def read(
             "defaults",
             f"{name!r} is not a plugin of this file with that model",
         )
-    return cards, defaults, encoders
+    return cards, defaults, apart
+
+
+def network(module: str, kind: str, id: str) -> ModelCard:
+    """The card of a network that ships with a module's package, of a table of `APART`.
+
+    Raises:
+        MissingError: there is none.
+    """
+    path = find(module)
+    known = read(path, None)[2][kind] if path is not None else {}
+    if id not in known:
+        raise MissingError(f"{path or module} has no {id!r} under [{kind}]{nearest(id, known)}")
+    return known[id]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ verified is what is used. No other format is read, and nothing here can run code
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -72,6 +73,13 @@ def parse(data: bytes, name: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"{name} is not a whole safetensors file: {error}") from error
+
+
+def metadata(data: bytes) -> dict[str, str]:
+    """The texts in the header of a safetensors file, by name: of bytes that `parse` takes."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return found
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,9 @@ def read(path: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except ValueError:
             if number + 1 < len(lines):
-                raise MdiffError(f"line {number + 1} of {path} is not JSON") from None
+                raise MdiffError(
+                    f"line {number + 1} of {path} is not JSON: take it out, or the file away"
+                ) from None
     return found
 
 

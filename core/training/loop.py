@@ -95,8 +95,8 @@ def train(
 
     Raises:
         NonFiniteError: the loss became NaN or infinite: the newest checkpoint is from before.
-        UsageError: the folder's checkpoint is of another recipe.
-        MdiffError: the disk is full; the batch does not split over the processes.
+        UsageError: the folder's checkpoint is of another recipe; the batch does not split over the processes.
+        MdiffError: the disk is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
     run = on or accelerator(recipe)
@@ -128,7 +128,7 @@ def train(
     )
     training.resume()
     # modules that draw by themselves are seeded, the caller's random state stays what it is
-    with torch.random.fork_rng(devices=[]), _stopping() as stopped:
+    with torch.random.fork_rng(devices=[]), _stopping(run.num_processes > 1) as stopped:
         while True:
             progress, stop, save, tell = _agree(run, *training.due(), stopped())
             if progress >= 1.0 or stop:
@@ -219,6 +219,8 @@ class _Training:
     def resume(self) -> None:
         """Goes on from the newest checkpoint that is whole, and starts the clock."""
         found = checkpoints.newest(self.folder / "checkpoints", self.log.say)
+        if found is None and (self.folder / "checkpoints").is_dir():
+            self.log.say("no checkpoint is whole: beginning anew")
         if found is not None:
             if found.facts["recipe"] != digest(self.recipe):
                 raise UsageError(
@@ -229,7 +231,11 @@ class _Training:
             self.clock.step, self.clock.spent = found.step, float(found.facts["seconds"])
             self.facts = {**found.facts, **self.facts}
             self.saved_step = found.step
-            self.log.say(f"going on from step {found.step} ({self.clock.spent / 60:.1f} minutes)")
+            used = self.recipe.budget.progress(found.step, self.clock.spent) >= 1
+            more = "; the budget is used up: a larger --steps or --minutes goes on" if used else ""
+            self.log.say(
+                f"going on from step {found.step} ({self.clock.spent / 60:.1f} minutes){more}"
+            )
             if self.on_save is not None and self.run.is_main_process:
                 self.on_save(found)  # whoever was killed in between had no time for it
         self.clock.start()
@@ -364,7 +370,7 @@ def _shares(recipe: Recipe, run: Accelerator) -> list[slice]:
     """The samples of a batch that this process takes, in micro-batches."""
     total, count = recipe.batch.size, run.num_processes
     if total % count:
-        raise MdiffError(
+        raise UsageError(
             f"a batch of {total} does not split over {count} processes: --set batch.size="
             f"{total // count * count or count}"
         )
@@ -387,12 +393,16 @@ def _agree(
 
 
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C or SIGTERM came: the first ends the run after its step, the second at once."""
+def _stopping(launched: bool) -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C or SIGTERM came: the first ends the run after its step, the second at once.
+
+    Where processes were launched together, one Ctrl-C comes from the terminal and from the launcher, which kills those
+    that take longer than half a minute: so there only the first counts.
+    """
     told: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if told:
+        if told and not launched:
             raise KeyboardInterrupt
         told.append(number)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 
-from mdiff.core import registry
+from mdiff.core import losses, registry, times
 from mdiff.core.errors import MissingError, UsageError, nearest
 from mdiff.core.hooks import ModelCard, Request
 from mdiff.core.registry import Checker, Registry
@@ -31,7 +31,7 @@ NAME = "recipe.toml"
 S = TypeVar("S")
 
 _OTHERS = "others"  # metadata of the field that takes the keys of a table which are no fields
-_SET_ELSEWHERE = {"model", "text", "seed", "device", "precision"}
+_SET_ELSEWHERE = {"model", "text", "seed", "device", "precision", "sha256"}
 _REQUEST = sorted({f.name for f in fields(Request)} - _SET_ELSEWHERE)
 
 
@@ -57,7 +57,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """Something of the core by its name, with its parameters: the tables [loss] and [times]."""
+    """Something of the core by its name, with its parameters: the tables [loss] and [times]. A text is a name alone."""
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict, metadata={_OTHERS: None})
@@ -242,6 +242,9 @@ class Recipe:
             "threads": (self.threads >= 0, "0 or more"),
         }
         _holds("recipe", self, rules)
+        for named, make in ((self.loss, losses.from_name), (self.times, times.from_name)):
+            if named is not None:
+                make(named.name, **named.parameters)
         if (self.model is None) == (self.card is None):
             raise UsageError(
                 "a recipe has either `model`, whose architecture is trained, or a table [card] "
@@ -436,7 +439,8 @@ def _typed(check: Checker, where: str, name: str, value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):  # X | None: what is absent is not in the table
         return _typed(check, where, name, value, next(a for a in arguments if a is not type(None)))
     if _is_dataclass(hint):
-        return _read(check, f"[{name}]", hint, value)
+        alone = hint is Named and isinstance(value, str)
+        return _read(check, f"[{name}]", hint, {"name": value} if alone else value)
     if origin is Literal:
         choices = " or ".join(map(repr, arguments))
         check.that(value in arguments, where, f"{name!r} should be {choices}, it is {value!r}")
@@ -512,6 +516,11 @@ def find(target: str, models: Registry) -> Recipe:
     host, named = models.host, _named(target, models)
     if is_run(target, models):
         return read(Path(target) / NAME)
+    if named is None and Path(target).is_dir():
+        raise MissingError(
+            f"the folder {target} is no run: it has no {NAME}; to begin one: "
+            f"mdiff train RECIPE --data FOLDER --out {target}"
+        )
     if named is None:
         raise MissingError(
             f"no recipe {target!r} (a .toml file, a modality, plugin/recipe, or the folder of a "

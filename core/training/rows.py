@@ -8,6 +8,7 @@ so each row comes once in an epoch, in an order that the number of processes has
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,13 +124,14 @@ def prepare(
     A file that cannot be read is left out, with a line for each of the first ones and a count.
 
     Args:
+        cache: a folder for these rows alone: others in it, and what killed processes left, go when new ones are made.
         seed: of the order in which rows are drawn.
         say: told how it goes on.
         workers: threads that read; more than one where `task.read` allows it.
 
     Raises:
-        MdiffError: no example can be used, rows differ in their names, shapes or types, or the system refused.
-        UsageError: `task.weigh` gives weights that are no weights.
+        UsageError: no example can be used, or `task.weigh` gives weights that are no weights.
+        MdiffError: rows differ in their names, shapes or types, or the system refused.
     """
     if not examples:
         raise UsageError("there are no examples to make rows of")
@@ -179,13 +181,14 @@ def _index(folder: Path) -> dict[str, Any] | None:
     """The index of a folder of rows; None where it is absent or not whole."""
     try:
         index = json.loads((folder / INDEX).read_text())
-        whole = all(
-            (folder / f"{name}.npy").stat().st_size == size
-            for name, size in index["tensors"].items()
-        )
-    except (OSError, ValueError, KeyError):
+        count, _ = len(index["sources"]), index["skipped"]
+        for name, size in index["tensors"].items():
+            path = folder / f"{name}.npy"
+            if path.stat().st_size != size or len(np.load(path, mmap_mode="r")) != count:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return index if whole else None
+    return index
 
 
 def _load(folder: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -218,6 +221,7 @@ def _make(
 ) -> dict[str, Any]:
     """Reads all examples and writes their rows into `folder`, which appears when all are there; gives its index."""
     record.make_folder(folder.parent)
+    _sweep(folder.parent, _ASIDE)
     aside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     sources: list[int] = []
     skipped: dict[str, str] = {}
@@ -239,14 +243,14 @@ def _make(
                     say(f"read {number + 1} of {len(examples)} files")
             if not sources:
                 first, reason = next(iter(skipped.items()))
-                raise MdiffError(
+                raise UsageError(
                     f"none of the {len(examples)} files can be used: {first}: {reason}"
                 )
             sizes = writer.finish(len(sources))
         index = {"tensors": sizes, "sources": sources, "skipped": skipped}
         with record.atomic_write(aside / INDEX) as path:
             path.write_text(json.dumps(index))
-        rmtree(folder, ignore_errors=True)  # what was not whole
+        _sweep(folder.parent, _ROWS)  # what was not whole, or serves no more
         os.rename(aside, folder)
     except OSError as error:
         if _index(folder) is None:  # else another process was first, with the same rows
@@ -256,6 +260,17 @@ def _make(
     left_out = f"; {len(skipped)} of {len(examples)} files could not be used" if skipped else ""
     say(f"{len(sources)} rows of {len(examples) - len(skipped)} files kept in {folder}{left_out}")
     return index
+
+
+_ROWS = re.compile(r"[0-9a-f]{16}")
+_ASIDE = re.compile(r"\.[0-9a-f]{16}-\w+")
+
+
+def _sweep(cache: Path, names: re.Pattern[str]) -> None:
+    """Removes the folders of such names."""
+    for path in cache.iterdir():
+        if names.fullmatch(path.name):
+            rmtree(path, ignore_errors=True)
 
 
 _Row = dict[str, np.ndarray[Any, Any]]

@@ -51,7 +51,8 @@ def start(
         MdiffError: as `loop.train`.
     """
     on = loop.accelerator(recipe)
-    _check(out, recipe, resume)
+    if not _check(out, recipe, resume) and resume:
+        log.say(f"there is no run in {out} to go on with: beginning one")
     card = recipes.card_of(recipe, models)
     examples = _examples(card, recipe, models.host)
     record.make_folder(out)
@@ -137,15 +138,17 @@ def source(name: str, part: str, models: registry.Registry) -> tuple[File, bytes
     raise MissingError(f"{name} has no weights for {part!r}{nearest(part, known)}")
 
 
-def _check(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Compares a recipe with that of the run in a folder, if there is one."""
+def _check(out: Path, recipe: Recipe, resume: bool) -> bool:
+    """Whether there is a run in a folder, whose recipe has to be the same."""
     path = out / recipes.NAME
-    if path.exists():
-        if not resume:
-            raise UsageError(
-                f"{out} holds a run already: --resume goes on with it, another --out begins anew"
-            )
-        recipes.check_same(recipes.read(path), recipe)
+    if not path.exists():
+        return False
+    if not resume:
+        raise UsageError(
+            f"{out} holds a run already: --resume goes on with it, another --out begins anew"
+        )
+    recipes.check_same(recipes.read(path), recipe)
+    return True
 
 
 def _build(card: ModelCard, host: Host, device: str) -> Model:

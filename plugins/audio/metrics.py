@@ -3,7 +3,8 @@
 The note and the chord are read off the posterior of Basic Pitch (Bittner et al. 2022, arXiv:2203.09893), speech by
 pocketsphinx, its quality by DNSMOS (Reddy et al. 2022, arXiv:2110.01763): networks inside installed distributions, run
 as they are; of those packages only pocketsphinx is imported. The instrument is told by a small network of our own over
-log-mel frames, `InstrumentNet`, which `mdiff.plugins.audio.data.classifier` trains and which ships.
+log-mel frames, `InstrumentNet`, which `mdiff.plugins.audio.data.classifier` trains and which ships, by its entry
+under [evaluators] in registry.toml.
 
 A metric is asked of the examples whose facts it needs: `kind`, `midi`, `quality`, `instrument`, `transcript`.
 """
@@ -22,11 +23,10 @@ import numpy as np
 import torch
 import torchaudio
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdiff.core import distances
+from mdiff.core import distances, registry, weights
 from mdiff.core.errors import MissingError
 from mdiff.core.hooks import Example, Metric
 from mdiff.plugins.audio import io
@@ -37,7 +37,7 @@ RATE = 16_000
 PITCH_RATE, PITCH_WINDOW, LOWEST_NOTE = 22_050, 43_844, 21
 NOTE_OUTPUT = "StatefulPartitionedCall:1"  # (windows, frames, 88): how likely each note sounds
 
-CLASSIFIER = Path(__file__).parent / "weights" / "instrument-classifier.safetensors"
+CLASSIFIER = "audio/instrument-classifier"
 MELS, FLOOR = 64, 1e-6
 _FFT, _HOP = 1024, 320
 
@@ -165,9 +165,13 @@ def load_classifier(path: Path) -> InstrumentNet:
             f"no instrument classifier at {path}; train one with: "
             f"python -m mdiff.plugins.audio.data.classifier --data DATA --out {path}"
         )
-    with safe_open(str(path), framework="pt") as file:
-        net = InstrumentNet(json.loads(file.metadata()["names"]))
-    net.load_state_dict(load_file(str(path)))
+    return _classifier_of(path.read_bytes(), path.name)
+
+
+def _classifier_of(content: bytes, name: str) -> InstrumentNet:
+    tensors = weights.parse(content, name)
+    net = InstrumentNet(json.loads(weights.metadata(content)["names"]))
+    weights.fill(net, tensors, name)
     return net.eval()
 
 
@@ -288,7 +292,9 @@ def instrument() -> Metric:
 
 @cache
 def _classifier() -> InstrumentNet:
-    return load_classifier(CLASSIFIER)
+    card = registry.network("mdiff.plugins.audio", "evaluators", CLASSIFIER)
+    (file,) = card.files
+    return _classifier_of(weights.verified(card.root / file.name, file), file.name)
 
 
 def fad() -> Metric:

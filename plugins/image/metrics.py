@@ -8,7 +8,6 @@ generator.
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -17,12 +16,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mdiff.core import distances, weights
-from mdiff.core.errors import MissingError
+from mdiff.core import distances, registry, weights
 from mdiff.core.hooks import Example, Metric, text_encoder
 from mdiff.plugins.image.nets import efficientnet
 
-SCORER = Path(__file__).parent / "weights" / "emoji-scorer.safetensors"
+SCORER = "image/emoji-scorer"
 ENCODER, TEXT_WIDTH = "text/mini", 384
 WIDTH, HIDDEN = 256, 384
 AMONG = 100
@@ -62,18 +60,16 @@ class Scorer(nn.Module):
 
 @cache
 def scorer() -> Scorer:
-    """The scorer that ships.
+    """The scorer that ships, by its entry under [evaluators] in registry.toml.
 
     Raises:
-        MissingError: its file is not there. IntegrityError: it is not what it should be.
+        MissingError: its file is not there.
+        IntegrityError: it is not what its entry says.
     """
-    if not SCORER.is_file():
-        raise MissingError(
-            f"no scorer at {SCORER}; train one with: "
-            f"python -m mdiff.plugins.image.data.scorer --data FOLDER --out {SCORER}"
-        )
+    card = registry.network("mdiff.plugins.image", "evaluators", SCORER)
+    (file,) = card.files
     net = Scorer()
-    weights.fill(net, weights.parse(SCORER.read_bytes(), SCORER.name), SCORER.name)
+    weights.fill(net, weights.read(card.root / file.name, file), file.name)
     return net.eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """What the image metrics see: the network as it was trained, sets near and far, copies, the right caption."""
 
 import math
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdiff.core import host
+from mdiff.core import host, registry
 from mdiff.core.errors import IntegrityError, MissingError
 from mdiff.core.hooks import Example
 from mdiff.core.training.draws import generator
@@ -223,18 +224,20 @@ def test_pictures_are_changed_a_little_and_the_same_each_time():
     assert 0 < (once - image).abs().mean() < 0.3
 
 
-def test_the_scorer_ships_small_and_its_absence_is_named(tmp_path, monkeypatch):
+def test_the_scorer_ships_small_and_is_what_its_entry_says(tmp_path, monkeypatch):
     metric = METRICS["retrieval"]()
     assert metric.applies(EXAMPLE) and not metric.applies(Example(path=Path("a.png")))
     row = metric.measure({"image": picture(1)}, EXAMPLE)
     assert row.shape == (512,) and np.linalg.norm(row[:256]) == pytest.approx(1, abs=1e-4)
-    assert metrics.SCORER.stat().st_size < 1_500_000
+    card = registry.network("mdiff.plugins.image", "evaluators", metrics.SCORER)
+    assert card.files[0].size < 1_500_000
     metrics.scorer.cache_clear()
-    monkeypatch.setattr(metrics, "SCORER", tmp_path / "none.safetensors")
-    with pytest.raises(MissingError, match=r"python -m mdiff\.plugins\.image\.data\.scorer"):
+    (tmp_path / "plugins/image/weights").mkdir(parents=True)
+    monkeypatch.setattr(registry, "network", lambda *_: replace(card, root=tmp_path))
+    with pytest.raises(MissingError, match=r"emoji-scorer.safetensors cannot be read .*: install"):
         METRICS["retrieval"]()
-    (tmp_path / "none.safetensors").write_bytes(b"x" * 20)
-    with pytest.raises(IntegrityError, match="none.safetensors"):
+    (tmp_path / card.files[0].name).write_bytes(b"x" * card.files[0].size)
+    with pytest.raises(IntegrityError, match="emoji-scorer.safetensors has sha256"):
         METRICS["retrieval"]()
     metrics.scorer.cache_clear()
     assert isinstance(Scorer(), torch.nn.Module)
