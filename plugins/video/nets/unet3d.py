@@ -126,6 +126,32 @@ class Attend(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
+class Level(nn.Module):
+    """Two residual blocks with attention after `early` of them; `sample` changes the resolution afterwards."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Residual],
+        attention: Sequence[Attend],
+        sample: nn.Module | None = None,
+        early: int = 2,
+    ) -> None:
+        super().__init__()
+        self.early = early
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = nn.ModuleList(attention)
+        self.sample = nn.Identity() if sample is None else sample
+
+    def forward(self, x: Tensor, frames: int, emb: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes before the change of resolution, and after it."""
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, frames, emb)
+            if number == self.early:
+                for attend in self.attention:
+                    x = attend(x, bias)
+        return x, self.sample(x)
+
+
 class Unet3D(nn.Module):
     """The UNet of a checkpoint.
 
@@ -168,13 +194,13 @@ class Unet3D(nn.Module):
         time = 4 * channels
         residual = partial(Residual, embedding=time + (vector or 0), groups=groups)
 
-        def within(c: int) -> list[nn.Module]:
+        def within(c: int) -> list[Attend]:
             if not linear:
                 return []
             attention = LinearAttention(c, heads=heads, width=LINEAR_WIDTH)
             return [Attend(c, attention, along=False)]
 
-        def along(c: int) -> nn.Module:
+        def along(c: int) -> Attend:
             attention = SelfAttention(
                 c,
                 heads=heads,
@@ -192,34 +218,27 @@ class Unet3D(nn.Module):
         self.positions = FramePositions(heads)
         self.stem = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
         self.stem_attention = along(channels)
+        levels = list(enumerate(zip(before, widths, strict=True)))
         self.down = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "blocks": nn.ModuleList([residual(a, b), residual(b, b)]),
-                    "attention": nn.ModuleList([*within(b), along(b)]),
-                    "sample": nn.Conv2d(b, b, 4, 2, 1) if level < last else nn.Identity(),
-                }
+            Level(
+                [residual(a, b), residual(b, b)],
+                [*within(b), along(b)],
+                nn.Conv2d(b, b, 4, 2, 1) if level < last else None,
             )
-            for level, (a, b) in enumerate(zip(before, widths, strict=True))
+            for level, (a, b) in levels
         )
         c = widths[-1]
         whole = SelfAttention(c, heads=heads, width=MIDDLE_WIDTH, bias=(False, False))
-        self.middle = nn.ModuleDict(
-            {
-                "blocks": nn.ModuleList([residual(c, c), residual(c, c)]),
-                "attention": nn.ModuleList([Attend(c, whole, along=False), along(c)]),
-            }
+        self.middle = Level(
+            [residual(c, c), residual(c, c)], [Attend(c, whole, along=False), along(c)], early=1
         )
-        # the reference doubles after all levels but the last in this order, the one of full resolution
         self.up = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "blocks": nn.ModuleList([residual(2 * b, a), residual(a, a)]),
-                    "attention": nn.ModuleList([*within(a), along(a)]),
-                    "sample": nn.ConvTranspose2d(a, a, 4, 2, 1) if level > 0 else nn.Identity(),
-                }
+            Level(
+                [residual(2 * b, a), residual(a, a)],
+                [*within(a), along(a)],
+                nn.ConvTranspose2d(a, a, 4, 2, 1) if level > 0 else None,
             )
-            for level, (a, b) in reversed(list(enumerate(zip(before, widths, strict=True))))
+            for level, (a, b) in reversed(levels)
         )
         self.last = Residual(2 * channels, channels, embedding=None, groups=groups)
         self.out = nn.Conv2d(channels, out_channels or in_channels, 1)
@@ -250,23 +269,10 @@ class Unet3D(nn.Module):
         h = self.stem_attention(self.stem(folded(x)), bias)
         around, skips = h, []
         for level in self.down:
-            for block in level["blocks"]:
-                h = block(h, frames, emb)
-            for attend in level["attention"]:
-                h = attend(h, bias)
-            skips.append(h)
-            h = level["sample"](h)
-        first, second = self.middle["blocks"]
-        h = first(h, frames, emb)
-        for attend in self.middle["attention"]:
-            h = attend(h, bias)
-        h = second(h, frames, emb)
+            kept, h = level(h, frames, emb, bias)
+            skips.append(kept)
+        _, h = self.middle(h, frames, emb, bias)
         for level in self.up:
-            h = torch.cat([h, skips.pop()], dim=1)
-            for block in level["blocks"]:
-                h = block(h, frames, emb)
-            for attend in level["attention"]:
-                h = attend(h, bias)
-            h = level["sample"](h)
+            _, h = level(torch.cat([h, skips.pop()], dim=1), frames, emb, bias)
         h = self.last(torch.cat([h, around], dim=1), frames)
         return unfolded(self.out(h), frames)
