@@ -103,9 +103,16 @@ class UNetSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSettings(Settings):
-    """Of AudioLDM's autoencoder: `kl` weighs the KL term, per latent number."""
+    """Of AudioLDM's autoencoder.
+
+    Attributes:
+        kl: weighs the KL term, per latent number.
+        noise: latents are decoded with noise of up to this share of their deviation, so that the decoder forgives what
+            a sampler leaves.
+    """
 
     kl: float = 1e-3
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +315,12 @@ def autoencoder(card: ModelCard, model: Model, settings: AutoencoderSettings) ->
         mel = (rows["mel"].float() + _gain(draws)).clamp(min=QUIETEST)
         x = to_image(mel[..., _crop(draws, 64, mel.shape[-1], step=4)])
         posterior = net.encode(x)
-        found = net.decode(posterior.sample(draws.normal(*posterior.mean.shape[1:]))).float()
+        shape = posterior.mean.shape[1:]
+        z = posterior.sample(draws.normal(*shape))
+        if settings.noise:
+            spread = z.detach().std() * draws.uniform(1, 1, 1, high=settings.noise)
+            z = z + spread * draws.normal(*shape)
+        found = net.decode(z).float()
         miss = (weight.to(x) * (found - x).abs()).flatten(1).mean(1)
         return miss + settings.kl * posterior.kl() / posterior.mean[0].numel()
 
