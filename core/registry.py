@@ -166,7 +166,7 @@ def read_folder(folder: Path, host: Host) -> ModelCard:
 def read(
     path: Path, plugins: Collection[str] | None
 ) -> tuple[dict[str, ModelCard], dict[str, str], dict[str, dict[str, ModelCard]]]:
-    """The cards of models, the defaults and the cards by table of what is `APART`, of a registry.toml, checked strictly.
+    """What a registry.toml holds, checked strictly: cards of models, defaults, and cards of what is `APART` by table.
 
     Args:
         plugins: the plugins that may have models in it, None for any.

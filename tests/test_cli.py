@@ -356,6 +356,12 @@ def test_a_plugins_own_commands(mdiff):
     assert mdiff("toy", "hello") == (0, "hello from toy\n", "")
 
 
+def test_what_all_processes_find_alike_is_said_by_the_first(mdiff, monkeypatch):
+    fails(mdiff("models", "nope"), 3, "no model 'nope'")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert mdiff("models", "nope") == (3, "", "")
+
+
 def test_doctor(mdiff, toy_site):
     code, out, _ = mdiff("doctor")
     assert code == 0 and list(Path().iterdir()) == []

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from mdiff.core import weights
-from mdiff.core.errors import MdiffError, NonFiniteError, UsageError
+from mdiff.core.errors import NonFiniteError, UsageError
 from mdiff.core.losses import Outcome, by_level
 from mdiff.core.training import checkpoints, optimizers
 from mdiff.core.training.averages import Averages, profiles, write_snapshot

@@ -261,6 +261,9 @@ def test_what_does_not_fit_is_one_line(tmp_path, files, kind, words):
 def test_no_folder(tmp_path):
     with pytest.raises(MissingError, match="there is no folder '.*none'"):
         data.examples(tmp_path / "none", PNG)
+    (tmp_path / "a.png").touch()
+    with pytest.raises(MissingError, match=r"'.*a.png': it is a file, give the folder"):
+        data.examples(tmp_path / "a.png", PNG)
 
 
 def test_a_scan_lists_all_problems_and_the_error_says_how_many(tmp_path):
@@ -347,6 +350,18 @@ def test_a_builder_is_given_packages_and_they_are_told(tmp_path):
     said: list[str] = []
     data.build(dataset(build), tmp_path / "deep" / "out", said.append, tmp_path / "cache")
     assert said == ["package npm:icons@1"] and (tmp_path / "deep/out/a.png").read_text() == "x"
+
+
+def test_what_a_killed_builder_left_is_swept(tmp_path):
+    def build(folder, fetch):
+        assert not list(folder.iterdir())
+        (folder / "metadata.jsonl").touch()
+        (folder / "LICENSES.md").touch()
+
+    (tmp_path / ".set-unfinished").mkdir()
+    (tmp_path / ".set-unfinished" / "half.png").touch()
+    data.build(dataset(build), tmp_path / "set", print)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_a_builder_that_fails_or_forgets_leaves_nothing(tmp_path):

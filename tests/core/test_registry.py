@@ -8,6 +8,7 @@ import pytest
 from mdiff.core import host, registry
 from mdiff.core.errors import MdiffError, MissingError, UsageError
 from mdiff.core.host import Host, Record
+from mdiff.core.weights import verified
 
 MODEL = """
 [models."demo/one"]
@@ -193,6 +194,24 @@ def test_a_folder_is_a_model(tmp_path, toy):
     (tmp_path / "registry.toml").write_text("")
     with pytest.raises(UsageError, match="has no model"):
         models.resolve(str(tmp_path))
+
+
+def test_networks_that_are_no_models_have_cards_too():
+    models = registry.load(host.discover())
+    judges = models.apart["evaluators"]
+    assert set(judges) >= {"audio/instrument-classifier", "image/emoji-scorer"}
+    assert not judges.keys() & models.cards.keys() and "text/mini" in models.apart["encoders"]
+    for id, card in judges.items():
+        assert registry.network(f"mdiff.plugins.{card.plugin}", "evaluators", id) == card
+        assert all(verified(card.root / file.name, file) for file in card.files)
+        assert card.licence and card.source and card.measured["command"]
+    with pytest.raises(MissingError, match=r"no 'image/emoji-score' under \[evaluators\]; did you"):
+        registry.network("mdiff.plugins.image", "evaluators", "image/emoji-score")
+
+
+def test_a_folder_without_a_model_is_said_to_have_none(tmp_path, toy_registry):
+    with pytest.raises(MissingError, match=r"the folder .* is no model: .* first checkpoint on$"):
+        toy_registry.resolve(str(tmp_path))
 
 
 def test_the_built_in_models_can_be_used():

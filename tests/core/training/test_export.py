@@ -347,6 +347,7 @@ def test_what_train_refuses(toy, numbers, tmp_path, capsys, monkeypatch):
             "runs/toy holds a run already: --resume goes on with it, another --out begins anew",
         ),
         ([*train, "--resume", "--set", "seed=3"], 2, "seed was 0 in this run and is 3"),
+        ([*train, "--out", "n", "--set", "loss.name=x0", "--set", "loss.reduce=3"], 2, "it is x0("),
         (["train", "toy", "--steps", "5", "--out", "x"], 2, "--data FOLDER"),
         (["train", "endless.toml"], 2, "how long? give --steps or --minutes"),
         (["train", "toy", "--set", "optimizer.rte=1"], 2, "did you mean 'rate'?"),

@@ -187,6 +187,37 @@ def test_an_interrupt_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
     assert same(run(tmp_path), run(tmp_path / "straight"))
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_signal_ends_at_once_but_where_a_launcher_repeats_the_first(
+    launched: bool,
+) -> None:
+    def twice() -> bool:
+        with loop._stopping(launched) as stopped:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            return stopped()
+
+    if launched:
+        assert twice()
+    else:
+        pytest.raises(KeyboardInterrupt, twice)
+
+
+def test_going_on_says_what_there_is_to_go_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path)
+    loop.train(net := Net(), fit(net), tmp_path, RECIPE, log=Log(tmp_path))
+    said = capsys.readouterr().err
+    assert said == (
+        "going on from step 40 (0.0 minutes); the budget is used up: a larger --steps or --minutes goes on\n"
+    )
+    for manifest in tmp_path.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("x")
+    loop.train(net := Net(), fit(net), tmp_path, RECIPE, log=Log(tmp_path))
+    assert "no checkpoint is whole: beginning anew" in capsys.readouterr().err
+
+
 def test_it_runs_in_a_thread(tmp_path: Path) -> None:
     thread = threading.Thread(target=run, args=(tmp_path,))
     thread.start()

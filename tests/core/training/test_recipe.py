@@ -96,6 +96,12 @@ def test_the_name_is_that_of_the_file_where_it_says_none(tmp_path):
         ({"parts": {"net": 3}}, r"\[parts\]: 'net' should be text, it is 3"),
         ({"config": 3}, "'config' should be a table, it is 3"),
         ({"loss": {"gamma": 5}}, r"\[loss\]: 'name' is missing"),
+        ({"loss": "min_sn"}, "f.toml: unknown loss 'min_sn'; did you mean 'min_snr'"),
+        ({"loss": {"name": "min_snr", "gama": 5}}, r"'gama'; it is min_snr\(gamma=5.0\)$"),
+        ({"loss": {"name": "min_snr", "gamma": "x"}}, "gamma should be a number, it is 'x'"),
+        ({"times": "importance"}, r"missing a required argument: 'history'; it is importance\(his"),
+        ({"times": {"name": "uniform", "spread": 3}}, "spread should be text, it is 3"),
+        ({"preview": {"sha256": {}}}, r"\[preview\]: unknown key 'sha256'"),
         ({"card": CARD}, "has either `model`.* or a table .card.*; this one has both"),
         ({"model": None}, "this one has none"),
         ({"part": None}, "f.toml: 'part' is missing"),
@@ -264,6 +270,18 @@ def test_a_name_means_what_is_installed_before_it_means_a_folder(
     assert recipes.find("toy", toy_registry).model == "toy/gauss"
     assert not recipes.is_run("toy", toy_registry) and recipes.is_run("./toy", toy_registry)
     assert recipes.find("./toy", toy_registry) == recipes.find("mine", toy_registry) == FULL
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(toy_registry, tmp_path):
+    with pytest.raises(MissingError, match=r"the folder .* is no run: .* --out "):
+        recipes.find(str(tmp_path), toy_registry)
+
+
+def test_a_loss_or_a_law_of_times_can_be_a_name_alone():
+    made = recipes.from_table(
+        {"model": "a/b", "part": "p", "loss": "min_snr", "times": "log_normal"}
+    )
+    assert made.loss == Named(name="min_snr") and made.times == Named(name="log_normal")
 
 
 def test_a_model_means_the_recipe_of_its_name(toy_site, toy_registry):

@@ -210,7 +210,7 @@ def test_rows_are_made_again_where_anything_has_changed(tmp_path):
     assert count(files(tmp_path / "d", "1", "22")) == 2
 
 
-@pytest.mark.parametrize("harm", ["truncate", "index", "missing"])
+@pytest.mark.parametrize("harm", ["truncate", "index", "other", "noise", "missing"])
 def test_a_cache_that_is_not_whole_is_made_again(tmp_path, harm):
     examples = files(tmp_path / "d", "1", "2")
     made(examples, task(), tmp_path / "c")
@@ -219,11 +219,27 @@ def test_a_cache_that_is_not_whole_is_made_again(tmp_path, harm):
         (folder / "x.npy").write_bytes((folder / "x.npy").read_bytes()[:-1])
     elif harm == "index":
         (folder / "index.json").write_text('{"tensors"')
+    elif harm == "other":
+        (folder / "index.json").write_text("[]")
+    elif harm == "noise":
+        (folder / "x.npy").write_bytes(bytes((folder / "x.npy").stat().st_size))
     else:
         (folder / "n.npy").unlink()
     data, said = made(examples, task(), tmp_path / "c")
     assert said[-1].startswith("2 rows of 2 files") and data.tensors["n"].tolist() == [1, 2]
     assert [p.name for p in (tmp_path / "c").iterdir()] == [folder.name]
+
+
+def test_new_rows_take_the_place_of_old_ones_and_of_what_was_killed(tmp_path):
+    made(files(tmp_path / "d", "1", "2"), task(), tmp_path / "c")
+    (old,) = (tmp_path / "c").iterdir()
+    killed, other = (tmp_path / "c" / name for name in (f".{old.name}-abc_1234", "mine"))
+    killed.mkdir(), other.mkdir()
+    made(files(tmp_path / "d", "1", "2"), task(), tmp_path / "c")  # found: nothing is touched
+    assert killed.is_dir()
+    made(files(tmp_path / "d", "1", "2", "3"), task(), tmp_path / "c")
+    assert not old.exists() and not killed.exists() and other.is_dir()
+    assert len(list((tmp_path / "c").iterdir())) == 2
 
 
 def test_bad_files_are_told_counted_and_left_out(tmp_path):
