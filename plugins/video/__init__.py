@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from mdiff.core.hooks import API, Media, PluginInfo, hookimpl
+from mdiff.core.errors import UsageError, nearest
+from mdiff.core.hooks import API, Media, Model, ModelCard, PluginInfo, Task, hookimpl
 from mdiff.plugins.video import io
+
+if TYPE_CHECKING:
+    import torch
 
 
 @hookimpl
 def mdiff_info() -> PluginInfo:
     return PluginInfo(name="video", api=API, modality="video", summary="Video Diffusion Models")
+
+
+@hookimpl
+def mdiff_build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
+    from mdiff.plugins.video import vdm
+
+    systems = {"Video Diffusion Models": vdm.build}
+    if card.system not in systems:
+        raise UsageError(f"video has no system {card.system!r}{nearest(card.system, systems)}")
+    return systems[card.system](card, device, dtype)
+
+
+@hookimpl
+def mdiff_train(card: ModelCard, model: Model, part: str, settings: Mapping[str, Any]) -> Task:
+    from mdiff.plugins.video import training
+
+    return training.task(card, model, part, settings)
 
 
 @hookimpl

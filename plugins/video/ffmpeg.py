@@ -98,7 +98,7 @@ def why(status: int, lines: Sequence[str]) -> str:
     """What went wrong, in a few words: the last line that says something, without the part of ffmpeg that said it."""
     if status < 0:
         return f"ffmpeg was ended by signal {-status}"
-    said = [re.sub(r"^(\[.*?\] *)+|^Error opening input files: ", "", line) for line in lines]
+    said = [re.sub(r"^(\[.*?\] *)+|^Error opening (in|out)put files: ", "", line) for line in lines]
     telling = [line for line in said if line and line != "Conversion failed!"]
     return telling[-1].rstrip(".") if telling else f"ffmpeg's exit status is {status}"
 

@@ -313,10 +313,10 @@ def read(
 def _looked(path: Path, still: bool) -> tuple[ffmpeg.Film | None, pictures.Animation | None]:
     """What is in a file, by what it is, whatever it is called: a film or pictures."""
     with path.open("rb") as file:
-        head = file.read(4)
-    if head == b"PK\3\4":
+        head = file.read(12)
+    if head[:4] == b"PK\3\4":
         return None, pictures.look_in_zip(path)
-    if pictures.is_picture(path):
+    if pictures.is_picture(head):
         return None, pictures.look(path, still)
     return ffmpeg.look(path), None
 
