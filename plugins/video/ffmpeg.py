@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -289,7 +289,7 @@ def _texts(text: str) -> Iterator[tuple[str, str]]:
             yield name, re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
 
 
-def frames(film: Film, start: float, rate: Fraction) -> Iterator[NDArray[Any]]:
+def frames(film: Film, start: float, rate: Fraction) -> Generator[NDArray[Any], None, None]:
     """Frames (height, width, 3 or 4) of 8 bits: at each time of the rate what is to be seen then.
 
     Args:

@@ -267,15 +267,13 @@ def read(
         raise UsageError(
             "a clip is read with 3 or 4 channels, from 0 seconds on, and one frame at least"
         )
-    film, clip = _looked(path, still)
-    found = film or clip
-    assert found is not None
+    found = _looked(path, still)
+    film = found if isinstance(found, ffmpeg.Film) else None
     rate = found.rate if fps is None else rate_of(fps)
-    seconds = film.seconds if film is not None else float(clip.ends[-1] if clip else 0)
-    whole = _true_size(film) if film is not None else found.size
+    whole = found.size if film is None else _true_size(film)
     shape = whole if size is None else (size, size) if isinstance(size, int) else size
     most = max(1, VALUES // (channels * shape[0] * shape[1]))
-    wanted = frames if frames is not None else ceil((seconds - start) * rate - 0.5)
+    wanted = frames if frames is not None else ceil((found.seconds - start) * rate - 0.5)
     too_long = UsageError(
         f"{path} is too long: {wanted} frames of {shape[1]} x {shape[0]} pixels, and {most} can be held: cut it, "
         "or make it smaller"
@@ -284,9 +282,11 @@ def read(
         raise too_long
     kept: list[NDArray[Any]] = []
     source = (
-        ffmpeg.frames(film, start, rate) if film is not None else pictures.frames(clip, start, rate)  # type: ignore[arg-type]
+        ffmpeg.frames(found, start, rate)
+        if isinstance(found, ffmpeg.Film)
+        else pictures.frames(found, start, rate)
     )
-    with closing(source):  # type: ignore[type-var]
+    with closing(source):
         for frame in islice(source, frames or most + 1):
             cut = frame[: whole[0], : whole[1]]
             kept.append(_in_channels(cut if size is None else _fitted(cut, shape), channels))
@@ -310,15 +310,13 @@ def read(
     return sample
 
 
-def _looked(path: Path, still: bool) -> tuple[ffmpeg.Film | None, pictures.Animation | None]:
-    """What is in a file, by what it is, whatever it is called: a film or pictures."""
+def _looked(path: Path, still: bool) -> ffmpeg.Film | pictures.Animation:
+    """What is in a file, by how it begins, whatever it is called: a film or pictures."""
     with path.open("rb") as file:
         head = file.read(12)
     if head[:4] == b"PK\3\4":
-        return None, pictures.look_in_zip(path)
-    if pictures.is_picture(head):
-        return None, pictures.look(path, still)
-    return ffmpeg.look(path), None
+        return pictures.look_in_zip(path)
+    return pictures.look(path, still) if pictures.is_picture(head) else ffmpeg.look(path)
 
 
 def _true_size(film: ffmpeg.Film) -> tuple[int, int]:

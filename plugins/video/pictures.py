@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,13 +42,13 @@ LIST = "clip.json"
 class Note(NamedTuple):
     """What a file cannot say otherwise: how many frames, height and width, frames a second."""
 
-    count: int
+    frames: int
     size: tuple[int, int]
     rate: Fraction
 
     def __str__(self) -> str:
         height, width = self.size
-        return f"{self.count} frames of {width} x {height} pixels, {self.rate} a second"
+        return f"{self.frames} frames of {width} x {height} pixels, {self.rate} a second"
 
 
 _NOTE = re.compile(
@@ -160,6 +160,11 @@ class Animation:
     ends: tuple[Fraction, ...]
     names: tuple[str, ...] = ()
 
+    @property
+    def seconds(self) -> float:
+        """How long it lasts."""
+        return float(self.ends[-1])
+
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
@@ -213,7 +218,7 @@ def look(path: Path, still: bool = False) -> Animation:
         size = (file.height, file.width)
     times = list(accumulate(stays))
     if said is not None and _agrees(said, times, unit):
-        rate, count = said.rate, said.count
+        rate, count = said.rate, said.frames
         ends = (*(Fraction(round(time * rate / 1000)) for time in times[:-1]), Fraction(count))
         return Animation(path=path, size=size, rate=rate, ends=tuple(end / rate for end in ends))
     seconds = tuple(Fraction(time, 1000) for time in times)
@@ -232,7 +237,7 @@ def _agrees(said: Note, times: Sequence[int], unit: int) -> bool:
         return True
     step = 1000 / said.rate
     inside = all(abs(time - step * round(time / step)) <= unit for time in times)
-    return inside and abs(times[-1] - step * said.count) <= 2 * unit
+    return inside and abs(times[-1] - step * said.frames) <= 2 * unit
 
 
 def explained(stays: Sequence[int], unit: int) -> Fraction:
@@ -307,7 +312,7 @@ def _opened(file: zipfile.ZipFile, name: str) -> Iterator[Image]:
         yield picture
 
 
-def frames(clip: Animation, start: float, rate: Fraction) -> Iterator[NDArray[Any]]:
+def frames(clip: Animation, start: float, rate: Fraction) -> Generator[NDArray[Any], None, None]:
     """Frames (height, width, 4) of 8 bits: at each time of the rate what is to be seen then.
 
     Args:
