@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 (a person gets one line whatever happened)
+        said = textwrap.shorten(str(error), 400, placeholder=" ...")  # compilers say pages
         kind = type(error).__name__
-        return _fail(f"unexpected {kind}: {error} (MDIFF_DEBUG=1 shows where it comes from)", 1)
+        return _fail(f"unexpected {kind}: {said} (MDIFF_DEBUG=1 shows where it comes from)", 1)
 
 
 def _fail(message: str, code: int, alike: bool = False) -> int:

@@ -362,6 +362,16 @@ def test_what_all_processes_find_alike_is_said_by_the_first(mdiff, monkeypatch):
     assert mdiff("models", "nope") == (3, "", "")
 
 
+def test_an_unexpected_error_is_one_short_line(mdiff, monkeypatch):
+    def pages(*_):
+        raise RuntimeError("no compiler\n" + "and so on\n" * 1000)
+
+    monkeypatch.setattr("mdiff.core.registry.load", pages)
+    code, out, err = mdiff("models")
+    assert code == 1 and not out and err.startswith("mdiff: unexpected RuntimeError: no compiler")
+    assert err.count("\n") == 1 and len(err) < 600 and "MDIFF_DEBUG=1" in err
+
+
 def test_doctor(mdiff, toy_site):
     code, out, _ = mdiff("doctor")
     assert code == 0 and list(Path().iterdir()) == []

@@ -304,7 +304,7 @@ def _readme(card: ModelCard, recipe: Recipe, folder: Path, missing: Sequence[str
         "makes": card.modality,
         "system": card.system,
         "takes": ", ".join(card.accepts) or "nothing but a seed",
-        "weights": f"{size:.1f} MB, {facts['weights']}, average {facts['average']}",
+        "weights": f"{size:.3g} MB, {facts['weights']}, average {facts['average']}",
         "licence": card.licence,
     }
     # the folder of the data is of the machine where it was trained
