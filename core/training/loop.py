@@ -44,10 +44,13 @@ LINE = 20.0
 """Seconds after which the log has a line, however few steps there were."""
 
 
-def accelerator(recipe: Recipe, device: str = "auto") -> Accelerator:
-    """What runs a recipe: the processes that torchrun or accelerate started, its device and its precision."""
+def accelerator(device: str = "auto") -> Accelerator:
+    """What runs training: the processes that torchrun or accelerate started, and their devices.
+
+    The precision is the objective's: accelerate keeps one for a whole process, and a notebook trains twice.
+    """
     cpu = device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    return Accelerator(cpu=cpu, mixed_precision="no")
 
 
 class _Objective(nn.Module):
@@ -56,13 +59,15 @@ class _Objective(nn.Module):
     forward(draws) -> the part of the batch's mean loss that comes from these samples, and what the log wants of it.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, precision: str) -> None:
         super().__init__()
         self.module = module
         self.loss = loss
+        self.bf16 = precision == "bf16"
 
     def forward(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        said = self.loss(draws)
+        with torch.autocast(draws.device.type, torch.bfloat16, enabled=self.bf16):
+            said = self.loss(draws)
         none = torch.empty(0)
         value = said.mean if isinstance(said, Outcome) else said
         each, t = (said.each, said.t) if isinstance(said, Outcome) else (none, none)
@@ -99,7 +104,7 @@ def train(
         MdiffError: the disk is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
-    run = on or accelerator(recipe)
+    run = on or accelerator()
     log = log if run.is_main_process else Log(folder, silent=True)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -109,7 +114,7 @@ def train(
         recompute(module)
     if recipe.compile:
         module.compile()
-    objective = run.prepare(_Objective(module, loss))
+    objective = run.prepare(_Objective(module, loss, recipe.precision))
     training = _Training(
         module=module,
         objective=objective,

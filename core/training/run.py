@@ -50,7 +50,7 @@ def start(
         MissingError: a model, a part's weights or the data is not there.
         MdiffError: as `loop.train`.
     """
-    on = loop.accelerator(recipe)
+    on = loop.accelerator()
     if not _check(out, recipe, resume) and resume:
         log.say(f"there is no run in {out} to go on with: beginning one")
     card = recipes.card_of(recipe, models)

@@ -270,7 +270,7 @@ def several(folder: Path) -> None:
     """What each of several processes runs: copies of the network, then shares of it, then those broken off."""
     every_step = replace(RECIPE, log=LogSettings(steps=1))
     run(folder / "copies", every_step, loss=still)
-    on = Sharded(loop.accelerator(RECIPE))
+    on = Sharded(loop.accelerator())
     run(folder / "shares", every_step, loss=still, on=on)
     recipe = replace(every_step, optimizer=replace(RECIPE.optimizer, schedule="constant"))
     run(folder / "straight", recipe, loss=still, on=on)
@@ -315,3 +315,12 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MdiffError, match=r"a batch of 8 does not split over 3 .*batch.size=6"):
         loop._shares(RECIPE, Three())  # type: ignore[arg-type]
+
+
+def test_one_process_trains_in_one_precision_after_the_other(tmp_path: Path) -> None:
+    full = run(tmp_path / "fp32")
+    half = run(tmp_path / "bf16", replace(RECIPE, precision="bf16"))
+    assert not same(full, half)
+    for a, b in zip(full.parameters(), half.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+    assert all(p.dtype is torch.float32 for p in half.parameters())
