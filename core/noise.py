@@ -17,10 +17,10 @@ in which steps compose: however many are taken, the same path leads to the same 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchsde import BrownianInterval
 
 from mdiff.core.errors import UsageError
 from mdiff.core.schedules import Time
@@ -117,7 +117,7 @@ class Path:
 
     seed: int
     shape: tuple[int, ...]
-    _trees: dict[int, BrownianInterval] = field(default_factory=dict, init=False, repr=False)
+    _trees: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def between(self, low: float, high: float) -> Tensor:
         """The increment between two log-SNRs, over the root of M's: normal numbers of `shape`.
@@ -136,9 +136,11 @@ class Path:
                 total.add_(self._tree(octave)(a, b), alpha=math.sqrt(size))
         return total
 
-    def _tree(self, octave: int) -> BrownianInterval:
+    def _tree(self, octave: int) -> Any:
         """The path through an octave, scaled to [0, 1] and started at 0."""
         if octave not in self._trees:
+            from torchsde import BrownianInterval  # training has no use for it
+
             # a sampler passes an octave once: to keep two bounds the memory
             for old in list(self._trees)[:-1]:
                 del self._trees[old]
