@@ -311,7 +311,19 @@ def frames(film: Film, start: float, rate: Fraction) -> Generator[NDArray[Any], 
     shape = (height, width, 4 if film.alpha else 3)
     command = [
         *("-v", "error", *(("-ss", f"{begin:.6f}") if begin else ()), *film.decoder, *LOCAL),
-        *("-i", f"file:{film.path}", "-map", "0:V:0", "-vf", filters, "-fps_mode", "passthrough"),
+        # decoders that share frames among threads (Theora's) mix them up now and then
+        *(
+            "-threads",
+            "1",
+            "-i",
+            f"file:{film.path}",
+            "-map",
+            "0:V:0",
+            "-vf",
+            filters,
+            "-fps_mode",
+            "passthrough",
+        ),
         *("-f", "rawvideo", "-pix_fmt", "rgba" if film.alpha else "rgb24", "pipe:1"),
     ]
     count, length = 0, height * width * shape[2]

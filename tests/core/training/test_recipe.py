@@ -334,7 +334,7 @@ def test_a_slug_is_a_name_that_a_model_may_have():
 
 def documented() -> dict[str, str]:
     """Key -> what holds by default, from the table of docs/training.md."""
-    page = Path(recipes.__file__).parents[2] / "docs" / "training.md"
+    page = Path(__file__).parents[3] / "docs" / "training.md"
     _, _, table = page.read_text(encoding="utf-8").partition("## A recipe, key by key")
     return dict(re.findall(r"^\| `([\w.]+)` \| (?:`(.*?)` )?\| ", table, re.MULTILINE))
 

@@ -1,5 +1,6 @@
 """What listeners hear: notes, chords, instruments, loudness, clipping, words; and what is said when they are absent."""
 
+import importlib.util
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,12 @@ from mdiff.plugins.audio.metrics import (
     save_classifier,
     word_errors,
     words,
+)
+
+
+listens = pytest.mark.skipif(
+    importlib.util.find_spec("basic_pitch") is None,
+    reason="Basic Pitch asks for tensorflow: pip install --no-deps basic-pitch",
 )
 
 
@@ -92,6 +99,7 @@ def test_a_triad_is_found_in_any_inversion(root: int, quality: str, third: int) 
     assert found_chord(posterior(**heard, m96=(0.5, 4))) == (root, quality)
 
 
+@listens
 def test_a_note_of_known_waves() -> None:
     metric = METRICS["note"]()
     asked = example(kind="note", midi=69)
@@ -107,6 +115,7 @@ def test_a_note_of_known_waves() -> None:
     assert not metric.applies(example(kind="note")) and not metric.applies(example())
 
 
+@listens
 def test_a_chord_of_known_waves() -> None:
     metric = METRICS["chord"]()
     asked = example(kind="chord", midi=57, quality="minor")
@@ -293,6 +302,7 @@ def test_listeners_that_are_not_installed_name_the_command(monkeypatch: pytest.M
         raise ImportError(name)
 
     monkeypatch.setattr(metrics, "import_module", unimportable)
+    monkeypatch.setattr(metrics, "_inside", lambda *where: Path("network.onnx"))
     with pytest.raises(MissingError, match="pip install onnxruntime"):
         METRICS["note"]()
     with pytest.raises(MissingError, match="pip install pocketsphinx"):
