@@ -28,7 +28,6 @@ from mdiff.plugins.audio.metrics import (
     words,
 )
 
-
 listens = pytest.mark.skipif(
     importlib.util.find_spec("basic_pitch") is None,
     reason="Basic Pitch asks for tensorflow: pip install --no-deps basic-pitch",
