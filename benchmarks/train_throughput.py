@@ -4,9 +4,10 @@
 
 One latent text-to-image UNet (diffusers' own class, so that the network is the same), one set of pictures and captions.
 The peer makes nothing ahead: each step encodes its pictures and captions, adds noise, regresses it in float32, clips,
-steps AdamW and reads the loss; once more with all of that cached. Ours trains the same network through `mdiff.core.training.loop` on cached latents in bf16 autocast,
-with its average, its log and its draws. The floor is forward and backward of the network alone, in the same precision.
-Rounds of the three alternate in one process; the figures are medians over rounds.
+steps AdamW and reads the loss; once more with all of that cached. Ours trains the same network through
+`mdiff.core.training.loop` on cached latents in bf16 autocast, with its average, its log and its draws. The floor is
+forward and backward of the network alone, in the same precision. Rounds of these alternate in one process; the figures
+are medians over rounds.
 """
 
 import argparse

@@ -71,14 +71,6 @@ WRONG = {
         "seeds",
         "global",
     ),
-    "deaf": ("model.py", 'carry["fine"][0].float()', '0 * carry["fine"][0]', "seeds", "two seeds"),
-    "writer": (
-        "__init__.py",
-        "    Path(path).write_text(json",
-        "    Path(path + 'x').write_text(json",
-        "media",
-        "TypeError",
-    ),
     "extra": (
         "__init__.py",
         "    Path(path).write_text(json",
