@@ -71,6 +71,14 @@ WRONG = {
         "seeds",
         "global",
     ),
+    "deaf": ("model.py", 'carry["fine"][0].float()', '0 * carry["fine"][0]', "seeds", "two seeds"),
+    "writer": (
+        "__init__.py",
+        "    Path(path).write_text(json",
+        "    Path(path + 'x').write_text(json",
+        "media",
+        "TypeError",
+    ),
     "extra": (
         "__init__.py",
         "    Path(path).write_text(json",
@@ -99,7 +107,7 @@ WRONG = {
         "runs",
         "the preview of stage 'fine' is int, not a Pillow image",
     ),
-    "deaf": (
+    "blind": (
         "model.py",
         "given=tasks.given(request",
         "given=None and tasks.given(request",
