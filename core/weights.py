@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdiff.core.errors import IntegrityError, MissingError
@@ -70,7 +71,7 @@ def parse(data: bytes, name: str) -> dict[str, Tensor]:
         IntegrityError: the bytes are not one.
     """
     try:
-        return safetensors.torch.load(data)
+        return tensors_of(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"{name} is not a whole safetensors file: {error}") from error
 
@@ -96,7 +97,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         plain[name] = value.clone() if shared else value
         memory.add(plain[name].untyped_storage().data_ptr())
     try:
-        safetensors.torch.save_file(plain, path)
+        save_file(plain, path)
         path.chmod(0o644)  # the library leaves it to its writer alone
     except SafetensorError as error:
         # the library hands over the system's number in words alone

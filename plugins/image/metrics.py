@@ -115,17 +115,20 @@ def _features(sample: Mapping[str, Any], example: Example) -> Rows:
     return row
 
 
+def _between_sets(**said: Any) -> Metric:
+    """A metric that compares the features of what is made with those of held-out pictures."""
+    efficientnet.installed()
+    return Metric(measure=_features, reference="held_out", **said)
+
+
 def fid() -> Metric:
     """Fréchet distance on EfficientNet-Lite0 features; it compares with no other FID.
     Source: Heusel et al. 2017, arXiv:1706.08500.
     """
-    efficientnet.installed()
-    return Metric(
+    return _between_sets(
         summary="Frechet distance on EfficientNet-Lite0 features, to held-out pictures; 0 and up",
         better="lower",
-        measure=_features,
         score=distances.frechet,
-        reference="held_out",
         least=50,
     )
 
@@ -134,39 +137,30 @@ def kid() -> Metric:
     """Kernel distance on EfficientNet-Lite0 features; it compares with no other KID.
     Source: Binkowski et al. 2018, arXiv:1801.01401.
     """
-    efficientnet.installed()
-    return Metric(
+    return _between_sets(
         summary="kernel distance on EfficientNet-Lite0 features, to held-out pictures; about 0 and up",
         better="lower",
-        measure=_features,
         score=distances.kernel,
-        reference="held_out",
         least=20,
     )
 
 
 def precision() -> Metric:
     """The share of pictures that lie among real ones. Source: Kynkäänniemi et al. 2019, arXiv:1904.06991."""
-    efficientnet.installed()
-    return Metric(
+    return _between_sets(
         summary="share of pictures within the manifold of held-out ones, EfficientNet-Lite0 features; 0 to 1",
         better="higher",
-        measure=_features,
         score=distances.precision,
-        reference="held_out",
         least=20,
     )
 
 
 def recall() -> Metric:
     """The share of real pictures that lie among those made. Source: Kynkäänniemi et al. 2019, arXiv:1904.06991."""
-    efficientnet.installed()
-    return Metric(
+    return _between_sets(
         summary="share of held-out pictures within the manifold of those made, EfficientNet-Lite0 features; 0 to 1",
         better="higher",
-        measure=_features,
         score=distances.recall,
-        reference="held_out",
         least=20,
     )
 

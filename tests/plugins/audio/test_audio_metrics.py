@@ -1,6 +1,5 @@
 """What listeners hear: notes, chords, instruments, loudness, clipping, words; and what is said when they are absent."""
 
-import importlib.util
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -26,11 +25,6 @@ from mdiff.plugins.audio.metrics import (
     save_classifier,
     word_errors,
     words,
-)
-
-listens = pytest.mark.skipif(
-    importlib.util.find_spec("basic_pitch") is None,
-    reason="Basic Pitch asks for tensorflow: pip install --no-deps basic-pitch",
 )
 
 
@@ -98,7 +92,6 @@ def test_a_triad_is_found_in_any_inversion(root: int, quality: str, third: int) 
     assert found_chord(posterior(**heard, m96=(0.5, 4))) == (root, quality)
 
 
-@listens
 def test_a_note_of_known_waves() -> None:
     metric = METRICS["note"]()
     asked = example(kind="note", midi=69)
@@ -114,7 +107,6 @@ def test_a_note_of_known_waves() -> None:
     assert not metric.applies(example(kind="note")) and not metric.applies(example())
 
 
-@listens
 def test_a_chord_of_known_waves() -> None:
     metric = METRICS["chord"]()
     asked = example(kind="chord", midi=57, quality="minor")
