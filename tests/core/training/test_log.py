@@ -151,7 +151,6 @@ def test_how_long_it_takes_is_told_from_the_pace_of_this_process(tmp_path, monke
 
 
 def test_tensorboard_gets_the_same(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Log(tmp_path, tensorboard=True, quiet=True) as log:

@@ -241,7 +241,6 @@ def test_word_errors_are_the_fewest_edits() -> None:
 
 
 def test_speech_is_measured_by_its_listeners() -> None:
-    pytest.importorskip("pocketsphinx")
     metric = METRICS["word_error_rate"]()
     silent = {"audio": torch.zeros(1, RATE), "rate": RATE}
     said = example(transcript="Good evening, all!")
@@ -256,7 +255,6 @@ def test_speech_is_measured_by_its_listeners() -> None:
 
 def test_the_quality_of_speech_falls_with_noise() -> None:
     """Something like a voice: bursts of a harmonic tone between pauses, clean and in noise."""
-    pytest.importorskip("onnxruntime")
     metric = METRICS["dnsmos"]()
     time = torch.arange(int(RATE * 4.6)) / RATE  # twice that is one window
     voice = sum(torch.sin(2 * torch.pi * 140 * k * time) / k for k in range(1, 20))

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import video_diffusion_pytorch as reference
 from torch import Tensor, nn
 
 from mdiff.core import pth, schedules
 from mdiff.core.errors import IntegrityError
 from mdiff.plugins.video.formats import lucidrains
 from mdiff.plugins.video.nets.unet3d import Unet3D
-
-reference = pytest.importorskip("video_diffusion_pytorch")
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
