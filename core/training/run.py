@@ -83,18 +83,21 @@ def start(
         with _with_weights(module, average):
             _show(model, card, recipe, models.host, out / "previews", step, log)
 
-    loop.train(
-        module,
-        objective(task, rows, recipe),
-        out,
-        recipe,
-        log=log,
-        on=on,
-        schedule=task.denoiser.schedule if task.denoiser is not None else None,
-        on_save=saved,
-        on_preview=preview if whole else None,
-        facts={"rows": len(rows), "model": card.id, **({"init": init} if init else {})},
-    )
+    try:
+        loop.train(
+            module,
+            objective(task, rows, recipe),
+            out,
+            recipe,
+            log=log,
+            on=on,
+            schedule=task.denoiser.schedule if task.denoiser is not None else None,
+            on_save=saved,
+            on_preview=preview if whole else None,
+            facts={"rows": len(rows), "model": card.id, **({"init": init} if init else {})},
+        )
+    finally:
+        on.end_training()  # a process that leaves its group open may be aborted by the end of another
 
 
 def objective(task: Task, rows: Rows, recipe: Recipe) -> Loss:

@@ -14,6 +14,7 @@ from mdiff.core.nn.layers import (
     Downsample,
     ResBlock,
     SpatialTransformer,
+    attention,
     timestep_embedding,
 )
 from mdiff.core.nn.unet import UNet
@@ -241,6 +242,31 @@ def test_attention_is_its_formula(heads: int) -> None:
         out.append(torch.einsum("bij,bcj->bci", share, v))
     h = torch.einsum("oc,bcl->bol", block.proj_out.weight, torch.cat(out, 1))
     torch.testing.assert_close(block(x), x + h.reshape(x.shape), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "bias"])
+def test_attention_in_training_is_that_of_inference(mask: str) -> None:
+    """In bfloat16 on a CPU it is made of other products then, with the same result and the same gradients."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=g) for n in (12, 7, 7))
+    masks = {
+        "none": None,
+        "bool": torch.rand(2, 1, 1, 7, generator=g) < 0.7,
+        "bias": torch.randn(1, 3, 12, 7, generator=g),
+    }
+    out = torch.randn(2, 3, 12, 16, generator=g)
+    exact, half = (
+        [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    expected, found = attention(*exact, masks[mask]), attention(*half, masks[mask])
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.03)
+    expected.backward(out)
+    found.backward(out.bfloat16())
+    for a, b in zip(half, exact, strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad.float(), b.grad, rtol=0.02, atol=0.06)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
