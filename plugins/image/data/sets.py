@@ -1,21 +1,12 @@
-"""The icon sets: which picture of a set shows which concept, and how it is opened or drawn."""
+"""The icon sets: which picture of a set shows which concept."""
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from mdiff.core.errors import MdiffError
-from mdiff.plugins.image.data import pictures
+from mdiff.core.icons import Icons, codes, drawer, files, vectors
 from mdiff.plugins.image.data.captions import STYLES, Style
 from mdiff.plugins.image.data.concepts import Concept
-
-Icons = Mapping[str, Callable[[], Image.Image]]
-"""Code of a concept -> what opens or draws its picture; it raises `MdiffError` where that fails."""
 
 
 def sets(
@@ -26,57 +17,18 @@ def sets(
     Args:
         at: name of a package -> its folder.
     """
-    draw = pictures.drawer(at["resvg"])
+    draw = drawer(at["resvg"])
     sources = {
-        "fluent-3d": _files(at["fluent-3d"] / "assets"),
-        "fluent-flat": _vectors(at["fluent-flat"], _codes(at["fluent-flat"]), draw),
-        "fluent-contrast": _vectors(at["fluent-contrast"], _codes(at["fluent-contrast"]), draw),
-        "noto": _vectors(at["noto"], _codes(at["noto"]), draw),
-        "noto-v1": _vectors(at["noto-v1"], _by_name(known), draw),
-        "fxemoji": _vectors(at["fxemoji"], _by_joined_name(known), draw),
+        "fluent-3d": files(at["fluent-3d"] / "assets"),
+        "fluent-flat": vectors(at["fluent-flat"], codes(at["fluent-flat"]), draw),
+        "fluent-contrast": vectors(at["fluent-contrast"], codes(at["fluent-contrast"]), draw),
+        "noto": vectors(at["noto"], codes(at["noto"]), draw),
+        "noto-v1": vectors(at["noto-v1"], _by_name(known), draw),
+        "fxemoji": vectors(at["fxemoji"], _by_joined_name(known), draw),
     }
     return [
         (style, name, icons) for style, (name, icons) in zip(STYLES, sources.items(), strict=True)
     ]
-
-
-def _files(folder: Path) -> Icons:
-    """Pictures named by code points."""
-    return {
-        path.stem.replace("-fe0f", ""): partial(_opened, path)
-        for path in sorted(folder.glob("*.webp"))
-    }
-
-
-def _opened(path: Path) -> Image.Image:
-    return pictures.opened(path.read_bytes())
-
-
-def _vectors(package: Path, keys: Mapping[str, str], draw: pictures.Draw) -> Icons:
-    """Icons of an Iconify set.
-
-    Args:
-        keys: code -> key in the set; those that the set does not have are passed over.
-    """
-    icons = json.loads((package / "icons.json").read_text("utf-8"))
-    return {
-        code: partial(_drawn, icons, key, draw)
-        for code, key in keys.items()
-        if key in icons["icons"]
-    }
-
-
-def _drawn(icons: Mapping[str, Any], key: str, draw: pictures.Draw) -> Image.Image:
-    try:
-        return pictures.opened(draw(pictures.svg(icons, key)))
-    except ValueError as error:  # what resvg raises
-        raise MdiffError(f"not an SVG that can be drawn: {error}") from error
-
-
-def _codes(package: Path) -> dict[str, str]:
-    """Code -> key, of a set that says so itself."""
-    codes = json.loads((package / "chars.json").read_text("utf-8"))
-    return {code.replace("-fe0f", ""): key for code, key in codes.items()}
 
 
 def _by_name(known: Mapping[str, Concept]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from random import Random
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from mdiff.core import data
 from mdiff.core.errors import IntegrityError, MdiffError, MissingError
+from mdiff.core.icons import FAINT
 from mdiff.plugins.image.data import DATASETS, PACKAGES, pictures
 from mdiff.plugins.image.data.captions import STYLES, UNSTYLED, WORDINGS, plain, wordings
 from mdiff.plugins.image.data.concepts import Concept, phrase
@@ -187,7 +187,7 @@ def test_without_what_draws_svg_the_command_is_named(
 def test_a_picture_is_centred_on_white_and_fills_its_part() -> None:
     image = Image.new("RGBA", (300, 200))
     image.paste((0, 0, 0, 255), (10, 150, 110, 190))  # 100 x 40, in a corner
-    image.putpixel((299, 0), (0, 0, 0, pictures.FAINT))  # a trace that must not move the centre
+    image.putpixel((299, 0), (0, 0, 0, FAINT))  # a trace that must not move the centre
     made = pictures.picture(image)
     assert (made.mode, made.size) == ("RGB", (pictures.SIDE, pictures.SIDE))
     dark = made.convert("L").point(lambda value: 255 * (value < 128))
@@ -207,24 +207,6 @@ def test_half_opaque_colour_is_mixed_with_white() -> None:
 def test_a_picture_of_nothing_is_refused(colour: tuple[int, ...]) -> None:
     with pytest.raises(MdiffError):
         pictures.picture(Image.new("RGBA", (50, 50), colour))
-
-
-def test_a_file_that_is_no_image_is_refused() -> None:
-    file = BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    for data_ in (b"", b"text", file.getvalue()[:40]):
-        with pytest.raises(MdiffError, match="not an image"):
-            pictures.opened(data_)
-
-
-def test_an_icon_takes_the_size_of_its_set_where_it_has_none() -> None:
-    icons = {
-        "width": 32,
-        "height": 24,
-        "icons": {"a": {"body": "<g/>"}, "b": {"body": "", "width": 9}},
-    }
-    assert 'viewBox="0 0 32 24"' in pictures.svg(icons, "a")
-    assert 'viewBox="0 0 9 24"' in pictures.svg(icons, "b")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""What the image metrics see: the network as it was trained, sets near and far, copies, the right caption."""
+"""What the image metrics see: sets near and far, copies, the right caption."""
 
-import math
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -10,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdiff.core import host, registry
+from mdiff.core import host, registry, seeing
 from mdiff.core.errors import IntegrityError, MissingError
 from mdiff.core.hooks import Example
+from mdiff.core.nn import efficientnet
 from mdiff.core.training.draws import generator
-from mdiff.plugins.image import metrics
 from mdiff.plugins.image.data import scorer as training
 from mdiff.plugins.image.metrics import METRICS, Scorer, found_among
-from mdiff.plugins.image.nets import efficientnet
 
 EXAMPLE = Example(path=Path("a.png"), texts=("a red ball",))
 
@@ -43,48 +41,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-def test_the_network_has_the_published_size_and_takes_every_tensor_of_the_file():
-    assert sum(p.numel() for p in efficientnet.EfficientNetLite0().parameters()) == 4_652_008
-    net = efficientnet.installed()
-    assert efficientnet.features([picture(0), picture(1)]).shape == (2, 1280)
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride"), [(224, 3, 2), (7, 5, 2), (8, 5, 1), (9, 3, 2)]
-)
-def test_padding_is_that_of_tensorflow(size, kernel, stride):
-    """SAME: ceil(n / stride) places, of which the first begins at -floor(pad / 2)."""
-    conv = efficientnet.Conv(1, 1, kernel, stride, bias=False)
-    torch.nn.init.ones_(conv.weight)
-    x = torch.zeros(1, 1, size, size)
-    x[..., 0] = 1
-    out = conv(x)
-    places = math.ceil(size / stride)
-    pad = max((places - 1) * stride + kernel - size, 0)
-    assert out.shape[2:] == (places, places)
-    sees_first = [
-        k * stride - pad // 2 <= 0 < k * stride - pad // 2 + kernel for k in range(places)
-    ]
-    assert (out[0, 0, places // 2] > 0).tolist() == sees_first
-
-
-def test_a_picture_moved_a_little_is_near_and_another_is_far():
-    one, moved, other = efficientnet.features([picture(3), picture(3, shift=1), picture(4)])
-    assert (one - moved).norm() < 0.5 * (one - other).norm()
-
-
-def test_grey_and_clear_pictures_are_seen_on_white():
-    grey = torch.rand(1, 32, 48)
-    assert torch.equal(efficientnet.pixels(grey), efficientnet.pixels(grey.expand(3, -1, -1)))
-    clear = torch.cat([torch.rand(3, 32, 32), torch.zeros(1, 32, 32)])
-    assert torch.allclose(efficientnet.pixels(clear), torch.tensor(1.0))
-    assert torch.allclose(efficientnet.pixels(torch.zeros(3, 8, 8)), torch.tensor(-127 / 128))
 
 
 def test_a_network_that_is_not_installed_names_the_command(monkeypatch):
@@ -229,9 +185,9 @@ def test_the_scorer_ships_small_and_is_what_its_entry_says(tmp_path, monkeypatch
     assert metric.applies(EXAMPLE) and not metric.applies(Example(path=Path("a.png")))
     row = metric.measure({"image": picture(1)}, EXAMPLE)
     assert row.shape == (512,) and np.linalg.norm(row[:256]) == pytest.approx(1, abs=1e-4)
-    card = registry.network("mdiff.plugins.image", "evaluators", metrics.SCORER)
+    card = registry.network("mdiff.plugins.image", "evaluators", seeing.SCORER)
     assert card.files[0].size < 1_500_000
-    metrics.scorer.cache_clear()
+    seeing.scorer.cache_clear()
     (tmp_path / "plugins/image/weights").mkdir(parents=True)
     monkeypatch.setattr(registry, "network", lambda *_: replace(card, root=tmp_path))
     with pytest.raises(MissingError, match=r"emoji-scorer.safetensors cannot be read .*: install"):
@@ -239,7 +195,7 @@ def test_the_scorer_ships_small_and_is_what_its_entry_says(tmp_path, monkeypatch
     (tmp_path / card.files[0].name).write_bytes(b"x" * card.files[0].size)
     with pytest.raises(IntegrityError, match="emoji-scorer.safetensors has sha256"):
         METRICS["retrieval"]()
-    metrics.scorer.cache_clear()
+    seeing.scorer.cache_clear()
     assert isinstance(Scorer(), torch.nn.Module)
 
 
