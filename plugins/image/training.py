@@ -95,17 +95,19 @@ class AutoencoderSettings:
     Attributes:
         flip: half of the pictures are mirrored.
         edges: that of differences between neighbours, at four scales.
+        colours: that of means over 8 x 8 pixels: few numbers, which a latent else leaves to the last.
         kl: the divergence of latents from the standard normal, per number of a latent.
         unit: how far the mean square of a latent is from 1, so that `latent_scale` is 1.
     """
 
     flip: bool = True
     edges: float = 1.0
+    colours: float = 4.0
     kl: float = 1e-4
     unit: float = 0.01
 
     def __post_init__(self) -> None:
-        recipe.within(self, edges=(0, math.inf), kl=(0, math.inf), unit=(0, math.inf))
+        recipe.within(self, **dict.fromkeys(("edges", "colours", "kl", "unit"), (0, math.inf)))
 
 
 SCALES = 4
@@ -125,6 +127,11 @@ def edge_loss(found: Tensor, wanted: Tensor) -> Tensor:
         for axis in (-1, -2):
             total = total + difference.diff(dim=axis).abs().flatten(1).mean(1)
     return total
+
+
+def colour_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean difference of two pictures' colours, averaged over 8 x 8 pixels: (B, C, H, W) twice -> (B,)."""
+    return F.avg_pool2d(found - wanted, 8).abs().flatten(1).mean(1)
 
 
 def autoencoder_task(card: ModelCard, model: Model, settings: AutoencoderSettings) -> Task:
@@ -149,6 +156,7 @@ def autoencoder_task(card: ModelCard, model: Model, settings: AutoencoderSetting
         return (
             (found - x).abs().flatten(1).mean(1)
             + settings.edges * edge_loss(found, x)
+            + settings.colours * colour_loss(found, x)
             + settings.kl * kl.flatten(1).mean(1)
             + settings.unit * (square - 1 - square.clamp(min=1e-6).log())
         )

@@ -18,7 +18,7 @@ from mdiff.core.hooks import Example, Model, ModelCard, Request, Task, text_enco
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.training.draws import Draws
 from mdiff.plugins.image import mdiff_build, mdiff_recipes, training
-from mdiff.plugins.image.training import edge_loss
+from mdiff.plugins.image.training import colour_loss, edge_loss
 
 Card = Callable[..., ModelCard]
 CLASSES = {"classes": ["cat", "dog"], "unet": {"classes": 3}}
@@ -259,6 +259,8 @@ def test_edges_count_where_they_are_missed() -> None:
     brighter, shifted = wanted + 0.2, wanted.roll(1, -1)
     assert edge_loss(wanted, wanted).tolist() == [0, 0, 0]
     assert edge_loss(brighter, wanted).max() < 1e-6 < edge_loss(shifted, wanted).min()
+    assert colour_loss(wanted, wanted).tolist() == [0, 0, 0]
+    assert colour_loss(shifted, wanted).max() < colour_loss(brighter, wanted).min()
 
 
 # --- settings -------------------------------------------------------------------------------------
