@@ -137,19 +137,50 @@ class ResBlock(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over q (B, H, L, D), k and v (B, H, S, D): (B, H, L, D).
 
-    `mask` is True where a token may look, or is added to the logits; it broadcasts to (B, H, L, S).
+    `mask` is True where a token may look, or is added to the logits; it broadcasts to (B, H, L, S). In bf16 on a CPU
+    plain products are faster than what is fused: 1.2 to 1.7 times, and two to five times backwards.
     """
-    if not (q.requires_grad and q.dtype is torch.bfloat16 and q.device.type == "cpu"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.shape[-2] * k.shape[-2] > 2**20:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # training in bf16 on a CPU: the fused backward pass takes two to five times as long as these products
+    if q.dtype is torch.bfloat16 and q.device.type == "cpu":
+        if not (torch.is_grad_enabled() and q.requires_grad):
+            if mask is None:
+                return _blockwise(q, k, v)
+        elif q.shape[-2] * k.shape[-2] <= LOGITS:
+            return _plain(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+LOGITS = 2**20
+"""So many are made at once by plain products: what processors keep close by."""
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         logits = (
             logits.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else logits + mask
         )
     return logits.softmax(-1).to(v.dtype) @ v
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same without a mask, block by block in the same memory: several heads, or some rows of one."""
+    batch, heads, length, width = q.shape
+    seen = k.shape[2]
+    rows = min(length, max(1, LOGITS // seen))
+    many = max(1, LOGITS // (rows * seen))
+    q, k, v = ((q * width**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1))
+    out = q.new_empty(len(q), length, v.shape[2])
+    room = q.new_empty(2, min(many, len(q)) * rows * seen)
+    for head in range(0, len(q), many):
+        heads_of = slice(head, head + many)
+        for row in range(0, length, rows):
+            part = q[heads_of, row : row + rows]
+            shape = (*part.shape[:2], seen)
+            logits, weights = room[:, : math.prod(shape)].unflatten(1, shape)
+            torch.bmm(part, k[heads_of], out=logits)
+            torch.softmax(logits, -1, out=weights)
+            out[heads_of, row : row + rows] = weights @ v[heads_of]
+    return out.unflatten(0, (batch, heads))
 
 
 class AttentionBlock(nn.Module):

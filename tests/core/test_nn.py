@@ -15,7 +15,9 @@ from mdiff.core.nn.layers import (
     ResBlock,
     SpatialTransformer,
     attention,
+    patched,
     timestep_embedding,
+    unpatched,
 )
 from mdiff.core.nn.unet import UNet
 
@@ -102,6 +104,27 @@ def test_dialects_over_any_axes(axes: int, dialect: dict[str, object]) -> None:
             module.weight.data = module.weight.data.transpose(2, 1 + axes).contiguous()
     again = turned(x.transpose(2, 1 + axes), t, **cond).transpose(2, 1 + axes)
     torch.testing.assert_close(again, out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_patches_become_channels_and_come_back(axes: int) -> None:
+    x = torch.randn(2, 3, *(8, 4, 12)[:axes])
+    there = patched(x, 4)
+    assert there.shape == (2, 3 * 4**axes, *(2, 1, 3)[:axes])
+    assert torch.equal(unpatched(there, 4), x)
+    if axes == 2:
+        assert torch.equal(there, F.pixel_unshuffle(x, 4))
+
+
+def test_a_network_of_patches_is_that_without_on_what_patches_are() -> None:
+    net, inner = small(2, patch=2), small(2)
+    inner.input_blocks[0][0], inner.out[-1] = net.input_blocks[0][0], net.out[-1]
+    inner.load_state_dict(net.state_dict())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 999.0])
+    assert net.factor == 2 * inner.factor and net(x, t).shape == (2, 2, 8, 8)
+    torch.testing.assert_close(patched(net(x, t), 2), inner(patched(x, 2), t))
+    with pytest.raises(UsageError, match="multiple of 4"):
+        net(x[..., :6], t)
 
 
 def test_where_attention_is() -> None:
@@ -242,6 +265,22 @@ def test_attention_is_its_formula(heads: int) -> None:
         out.append(torch.einsum("bij,bcj->bci", share, v))
     h = torch.einsum("oc,bcl->bol", block.proj_out.weight, torch.cat(out, 1))
     torch.testing.assert_close(block(x), x + h.reshape(x.shape), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys"), [(3, 5, 7), (3, 600, 600), (2, 1100, 1000), (1, 1, 1)]
+)
+def test_attention_in_bfloat16(heads: int, queries: int, keys: int) -> None:
+    """In inference on a CPU it is made block by block: right, and of a sample alone what it is in a batch."""
+    g = torch.Generator().manual_seed(3)
+    exact = [torch.randn(3, n, heads, 8, generator=g).transpose(1, 2) for n in (queries, keys, keys)]
+    half = [x.bfloat16() for x in exact]
+    found = attention(*half)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), attention(*exact), rtol=0.02, atol=0.03)
+    for sample in range(3):
+        alone = attention(*(x[sample : sample + 1] for x in half))
+        assert torch.equal(alone[0], found[sample])
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "bias"])
