@@ -306,6 +306,10 @@ class Denoiser:
         return next((p for p in parameters if p.is_floating_point()), default)
 
 
+KEYS = ("schedule", "predicts", "time", "learned_variance")
+"""Of a `config`: what `from_config` reads."""
+
+
 def from_config(net: Callable[..., Tensor], config: Mapping[str, Any]) -> Denoiser:
     """The denoiser that a model's `config` describes.
 

@@ -239,6 +239,11 @@ class Checker:
         return value
 
 
+def check_config(card: ModelCard, known: Collection[str]) -> None:
+    """Raises a UsageError for a key of a card's config that its system does not know; the nearest is named."""
+    Checker(card.id).keys("config", card.config, known)
+
+
 _WORDS = {dict: "table", list: "list", str: "text", int: "whole number"}
 
 

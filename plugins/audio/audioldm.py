@@ -26,6 +26,7 @@ from mdiff.core.hooks import (
 )
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
+from mdiff.core.registry import check_config
 from mdiff.plugins.audio import inputs, spectrogram
 from mdiff.plugins.audio.nets.joint import JointEmbedding
 from mdiff.plugins.audio.nets.mel import BANDS, HOP, RATE, log_mel
@@ -66,6 +67,8 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     `mdiff audio latent-map` prints it.
     """
     config = card.config
+    networks = ("text_encoder", "unet", "autoencoder", "joint", "vocoder")
+    check_config(card, (*networks, "predicts", "schedule", "latent_scale", "latent_map"))
     encoder = text_encoder(config["text_encoder"])
     unet = UNet(**config["unet"]).to(device, dtype)
     autoencoder = AutoencoderKL(**config["autoencoder"]).to(device)

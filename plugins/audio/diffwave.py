@@ -20,6 +20,7 @@ from mdiff.core.errors import UsageError, nearest
 from mdiff.core.grids import Grid
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
 from mdiff.core.noise import Noise
+from mdiff.core.registry import check_config
 from mdiff.core.samplers import Memory, Sampler
 from mdiff.core.schedules import Schedule, Time
 from mdiff.plugins.audio import inputs
@@ -130,6 +131,7 @@ class Clamped:
 
 def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     """The model of a card, with random weights: the one of `stage`, whose module is "diffwave"."""
+    check_config(card, ("network", "betas", "rate", "classes", "fast", "clamp"))
     net = DiffWave(**network(card.config)).to(device, dtype)
     return Model(modules={"diffwave": net}, stages=(stage(net, card.config),))
 

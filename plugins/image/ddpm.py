@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.core.denoiser import Denoise, Denoiser, from_config
+from mdiff.core.denoiser import KEYS, Denoise, Denoiser, from_config
 from mdiff.core.errors import UsageError, nearest
 from mdiff.core.guidance import clamp
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
 from mdiff.core.nn.unet import UNet
+from mdiff.core.registry import check_config
 from mdiff.plugins.image import inputs
 from mdiff.plugins.image.io import to_pillow
 
@@ -82,6 +83,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         unet: arguments of the network. With one label more than classes it knows pictures of no class too.
     """
     config = card.config
+    check_config(card, (*KEYS, "size", "clip", "classes", "unet"))
     unet = UNet(**config["unet"]).to(device, dtype)
     denoise: Denoise = denoiser(card, unet)
     if config.get("clip", True):

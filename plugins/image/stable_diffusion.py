@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mdiff.core import latent_map, tasks
 from mdiff.core.conditions import token_states
+from mdiff.core.denoiser import KEYS
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, text_encoder
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
+from mdiff.core.registry import check_config
 from mdiff.plugins.image import inputs
 from mdiff.plugins.image.ddpm import denoiser, size_of, to_picture
 from mdiff.plugins.image.io import to_pillow
@@ -33,6 +35,8 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         latent_map: as `mdiff image latent-map` prints it, for previews; none where not said.
     """
     config = card.config
+    text, latent = ("text_encoder", "tokens"), ("latent_scale", "latent_map", "autoencoder")
+    check_config(card, (*KEYS, *text, *latent, "size", "unet"))
     encoder = text_encoder(config["text_encoder"])
     unet = UNet(**config["unet"]).to(device, dtype)
     autoencoder = AutoencoderKL(**config["autoencoder"]).to(device)

@@ -11,7 +11,7 @@ from mdiff.core import host as hosts
 from mdiff.core.errors import UsageError
 from mdiff.core.hooks import Model, ModelCard, Request
 from mdiff.core.pipeline import generate
-from mdiff.plugins.audio import inputs, io
+from mdiff.plugins.audio import inputs, io, mdiff_build
 from mdiff.plugins.audio.audioldm import build, to_image, to_mel
 from mdiff.plugins.audio.nets.joint import JointEmbedding
 
@@ -89,6 +89,16 @@ def test_seed_text_and_negative_matter(model: Model, card: ModelCard) -> None:
     assert torch.equal(base, run(model, card))
     for change in ({"seed": 1}, {"text": "a drum hit"}, {"negative": "noise"}, {"guidance": 1.0}):
         assert not torch.equal(base, run(model, card, **change)), change
+
+
+def test_a_key_that_no_config_has_names_the_nearest(card: ModelCard) -> None:
+    wrong = {"AudioLDM": ("vocader", "vocoder"), "DiffWave": ("beta", "betas")}
+    for system, (key, right) in wrong.items():
+        other = replace(card, system=system, config={key: {}})
+        with pytest.raises(
+            UsageError, match=f"config: unknown key '{key}'; did you mean '{right}'"
+        ):
+            mdiff_build(other, "cpu", torch.float32)
 
 
 def test_best_candidate_is_kept(model: Model, card: ModelCard) -> None:

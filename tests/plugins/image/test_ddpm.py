@@ -121,6 +121,14 @@ def test_a_network_that_does_not_exist_is_a_fault_with_a_name(folder: Folder) ->
 
 
 @pytest.mark.parametrize("system", ["ddpm", "stable-diffusion"])
+def test_a_key_that_no_config_has_names_the_nearest(
+    card: Callable[..., ModelCard], system: str
+) -> None:
+    with pytest.raises(UsageError, match=r"config: unknown key 'predict'; did you mean 'predicts'"):
+        mdiff_build(card(system, predict="v"), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("system", ["ddpm", "stable-diffusion"])
 def test_conformance(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
