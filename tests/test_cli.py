@@ -441,6 +441,14 @@ def test_help_and_lists_import_neither_torch_nor_a_plugin(toy_files):
     assert "toy/gauss" in done.stdout and "mdiff-toy 1.0" in done.stdout
 
 
+def test_ctrl_c_while_the_command_line_is_imported(tmp_path):
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    call = [sys.executable, "-m", "mdiff", "--help"]
+    there = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(call, env=there, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "mdiff: interrupted\n")
+
+
 def test_a_real_ctrl_c_ends_with_130_and_no_temporary_files(toy_files, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(toy_files)}
     command = [sys.executable, "-m", "mdiff", *RAIN, "--steps", "9999", "--count", "999"]
