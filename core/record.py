@@ -88,7 +88,7 @@ def sha256(path: str) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise MissingError(f"cannot read {path}: {error.strerror}") from error
+        raise MissingError(f"cannot read {path or repr(path)}: {error.strerror}") from error
 
 
 def short(record: Mapping[str, Any], limit: int = LIMIT) -> str:

@@ -1,11 +1,13 @@
 """Tasks with pictures, on random weights: what is kept, what is measured, sizes, and bad files."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mdiff.cli import main
@@ -169,6 +171,7 @@ def test_fitted_to_a_height_and_a_width() -> None:
     ("arguments", "code", "words"),
     [
         (["--input", "none.png"], 3, "cannot read none.png: No such file"),
+        (["--input", ""], 3, "cannot read '': No such file"),
         (["--input", "text.png"], 2, "text.png is not a picture that can be read"),
         (["--input", "cut.png"], 2, "cut.png is damaged"),
         (["--input", "a.png", "--mask", "b.png"], 2, "the mask b.png has the size [(4, 4)]"),
@@ -200,6 +203,24 @@ def test_what_is_wrong_is_one_line_and_no_file(
     out, err = capsys.readouterr()
     assert out == "" and words in err.splitlines()[-1]
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_weights_that_are_cut_or_those_of_another(
+    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at, out = folder("ddpm"), tmp_path / "a.png"
+    own, foreign = (at / "unet.safetensors").read_bytes(), save_tensors({"a": torch.zeros(2)})
+    wrong = {own[:-9]: "bytes and should have", foreign: "does not fit its network"}
+    for content, words in wrong.items():
+        (at / "unet.safetensors").write_bytes(content)
+        if content is foreign:  # a file that its entry knows
+            entry = (at / "registry.toml").read_text()
+            entry = entry.replace(sha256(own).hexdigest(), sha256(foreign).hexdigest())
+            entry = entry.replace(f"= {len(own)}", f"= {len(foreign)}")
+            (at / "registry.toml").write_text(entry)
+        assert main(["run", str(at), "--seed", "1", "--out", str(out)]) == 4
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("mdiff: ") and words in said and not out.exists()
 
 
 def test_the_record_of_a_picture_made_of_a_picture(
