@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mdiff.core.denoiser import Denoise, Denoiser
-    from mdiff.core.operators import Linear
+    from mdiff.core.operators import Linear, Operator
     from mdiff.core.training.draws import Draws
 
 API = (1, 0)
@@ -167,15 +167,17 @@ class Request:
 class Given:
     """What a request's input says of the sample of a stage, as `tasks.given` makes it.
 
-    Either it is a sample, `start`, of which `keep` says what stays; or it is a measurement of one.
+    It is a sample, `start`, of which `keep` says what stays; or a measurement of one; or both.
 
     Attributes:
-        start: clean data of the stage, (1, C, *axes).
+        start: clean data of the stage, (1 or copies, C, *axes).
         keep: true where `start` stays as it is, (1, 1 or C, *axes); None: nowhere.
         operator, measurement: measurement = operator(x) for the x that is looked for, or for what
             `decode` makes of it.
         encode, decode: between x and what the operator sees, where those differ (latents).
-        pull: scale of reconstruction guidance, which draws what is not known to what is; 0 for none.
+        guide: (denoiser, operator, measurement) -> a denoiser that draws what is not known to what
+            is, as `guidance.reconstruction` does. None: what is known replaces what is said, and
+            no more.
     """
 
     start: Tensor | None = None
@@ -184,7 +186,7 @@ class Given:
     measurement: Tensor | None = None
     encode: Callable[[Tensor], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
-    pull: float = 0.0
+    guide: Callable[[Denoise, Operator, Tensor], Denoise] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,10 @@ class Problem:
             guidance.
         given: what the request's input says of the sample, in the stage that it goes into.
         copies: candidates drawn side by side, each from a seed of its own.
+        bounds: what x0 is known to lie in: `guidance.clamp` or the like, a function from denoiser
+            to denoiser. It comes after all guidance, once, and what is known comes after it.
+        more: how often the stage runs again after this. It is prepared and finished anew each time,
+            with all that it has left in the carry so far: `blocks` makes long samples so.
         guidance, sampler, grid, steps: what the request says, where None. A sampler or grid is a
             name or an object.
     """
@@ -207,6 +213,8 @@ class Problem:
     uncond: Mapping[str, Tensor] | None = None
     given: Given | None = None
     copies: int = 1
+    bounds: Callable[[Denoise], Denoise] | None = None
+    more: int = 0
     guidance: float | None = None
     sampler: Any = None
     grid: Any = None
@@ -220,7 +228,8 @@ class Stage:
     Attributes:
         prepare: (request, carry) -> Problem; `carry` holds what earlier stages left, and the samples
             in the files that the request names: "input" and "mask". It is asked once for each text
-            of the request, so conditions depend on `request.text` alone.
+            of the request, so conditions depend on `request.text` alone; and again for each time
+            that the stage runs (`Problem.more`).
         denoiser: None for a plain network: then `finish` does the work, with x = None.
         finish: (request, problem, x, carry) -> what to add to the carry; x is (copies, C, *axes).
             After the last stage the carry holds "sample": the mapping that the plugin's media

@@ -111,7 +111,7 @@ class Show:
             self._preview(moment)
 
     def _frame(self, moment: "Moment", most: int) -> None:
-        index, total = moment.state.index, moment.state.total
+        index, total = moment.index, moment.total
         if index not in spread(total, most) or moment.state.x0 is None:
             return
         sample = moment.sample()
@@ -130,7 +130,7 @@ class Show:
             self.quiet = True
             self.say(f"no previews: {moment.request.model} does not say what its x0 looks like")
         look, x0 = moment.stage.preview, moment.state.x0
-        last = moment.state.index == moment.state.total
+        last = moment.index == moment.total
         if look is None or x0 is None or not (last or time.monotonic() - self.at > EVERY):
             return
         assert self.preview is not None  # `step` has looked
@@ -190,8 +190,8 @@ class Pace:
             self.number = self.requests.index(moment.request)
         stages = [stage for stage in moment.model.stages if stage.denoiser is not None]
         before = next(i for i, stage in enumerate(stages) if stage is moment.stage)
-        index, now = moment.state.index, time.monotonic()
-        self.done = self.number + (before + index / moment.state.total) / len(stages)
+        index, now = moment.index, time.monotonic()
+        self.done = self.number + (before + index / moment.total) / len(stages)
         which = (self.number, before)
         if self.first is None or self.first[0] != which:
             self.first = (which, index, now)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -47,6 +48,8 @@ class Moment:
 
     Attributes:
         number: of the stage.
+        part: how often the stage has run before.
+        turn: how many stages have run before, each as often as it did.
         problem, carry: what the stage was asked, and what earlier stages left.
         state: `state.x0` is what the denoiser believes in, (copies, C, *axes).
     """
@@ -54,6 +57,8 @@ class Moment:
     request: Request
     model: Model
     number: int
+    part: int
+    turn: int
     problem: Problem
     carry: Mapping[str, Any]
     state: State
@@ -62,6 +67,16 @@ class Moment:
     def stage(self) -> Stage:
         """The stage that takes the steps."""
         return self.model.stages[self.number]
+
+    @property
+    def index(self) -> int:
+        """Steps that the stage has taken, in all of its parts."""
+        return self.part * self.state.total + self.state.index
+
+    @property
+    def total(self) -> int:
+        """Steps that the stage takes, in all of its parts."""
+        return (self.part + 1 + self.problem.more) * self.state.total
 
     def sample(self) -> Mapping[str, Any] | None:
         """The sample that x0 would become, were it the end of the stage.
@@ -74,8 +89,11 @@ class Moment:
         carry, request = dict(self.carry), tasks.first(self.request)
         carry |= self.stage.finish(request, self.problem, self.state.x0, carry)
         for stage in rest:
-            problem = stage.prepare(request, carry)
-            carry |= stage.finish(request, problem, None, carry)
+            more = True
+            while more:
+                problem = stage.prepare(request, carry)
+                carry |= stage.finish(request, problem, None, carry)
+                more = problem.more > 0
         return carry["sample"]
 
 
@@ -312,7 +330,7 @@ def generate(
     """Runs the stages of one request and returns its sample.
 
     Args:
-        resume: states of stages, by number: a stage goes on from its state, and one that is at its
+        resume: states of stages, by turn: a stage goes on from its state, and one that is at its
             end is not run again.
         files: what `read_files` gives, if it was asked before.
 
@@ -323,25 +341,34 @@ def generate(
     """
     carry = dict(read_files(request, card, host) if files is None else files)
     asked, request, heard = request, tasks.first(request), False
+    turn, more = 0, 0
     for number, stage in enumerate(model.stages):
         where = f"stage {stage.name!r} of {card.id}"
-        with host.blame(card.plugin, where):
-            problem, others = tasks.prepared(stage, asked, carry)
-            heard = heard or problem.given is not None
-            x = None
-            if stage.denoiser is not None:
-                here = partial(
-                    Moment,
-                    request=asked,
-                    model=model,
-                    number=number,
-                    problem=problem,
-                    carry=carry,
-                )
-                tell = _teller(on_step, here)
-                state = (resume or {}).get(number)
-                x = _solve(stage.denoiser, problem, others, asked, number, host, tell, state)
-            carry |= stage.finish(request, problem, x, carry)
+        for part in count():
+            with host.blame(card.plugin, where):
+                problem, others = tasks.prepared(stage, asked, carry)
+                heard = heard or (part == 0 and problem.given is not None)
+                x = None
+                if stage.denoiser is not None:
+                    here = partial(
+                        Moment,
+                        request=asked,
+                        model=model,
+                        number=number,
+                        part=part,
+                        turn=turn,
+                        problem=problem,
+                        carry=carry,
+                    )
+                    tell, place = _teller(on_step, here), (number, part)
+                    state = (resume or {}).get(turn)
+                    x = _solve(stage.denoiser, problem, others, asked, place, host, tell, state)
+                carry |= stage.finish(request, problem, x, carry)
+            if part and problem.more >= more:
+                raise MdiffError(f"plugin {card.plugin!r}: {where} comes to no end")
+            turn, more = turn + 1, problem.more
+            if not more:
+                break
     if asked.input is not None and not heard:
         raise MdiffError(
             f"plugin {card.plugin!r}: no stage of {card.id} did anything with the input"
@@ -363,10 +390,10 @@ def read_files(request: Request, card: ModelCard, host: Host) -> Mapping[str, An
         return tasks.files(request, host.media(card.plugin))
 
 
-def seeds(seed: int, copies: int, stage: int) -> list[int]:
-    """A seed for each candidate of a stage: the first candidate of the first has the request's."""
+def seeds(seed: int, copies: int, stage: int, part: int = 0) -> list[int]:
+    """A seed for each candidate of a part of a stage: the first of all of them has the request's."""
     own = [derive(seed, "candidate", copy) for copy in range(copies)]
-    return [derive(one, "stage", stage) for one in own]
+    return [derive(derive(one, "stage", stage), "part", part) for one in own]
 
 
 def derive(seed: int, role: str, index: int) -> int:
@@ -381,12 +408,16 @@ def _solve(
     problem: Problem,
     others: Sequence[Problem],
     request: Request,
-    number: int,
+    place: tuple[int, int],
     host: Host,
     tell: Callable[[State], None],
     state: State | None,
 ) -> Tensor:
-    """Samples one stage, (copies, C, *axes): from where its task begins, or from a state on."""
+    """Samples one part of a stage, (copies, C, *axes): from where its task begins, or from a state on.
+
+    Args:
+        place: number of the stage, and of the part.
+    """
     denoise, source = tasks.followed(denoise, problem, others, request)
     sampler = problem.sampler or request.sampler
     if isinstance(sampler, str):
@@ -398,7 +429,7 @@ def _solve(
         grid = grids.partial(grid, request.strength)
 
     def streams(seed: int) -> noise.Noise:
-        return noise.from_seeds(seeds(seed, problem.copies, number), problem.shape)
+        return noise.from_seeds(seeds(seed, problem.copies, *place), problem.shape)
 
     own, other = streams(request.seed), None
     if request.to_seed is not None:
@@ -409,7 +440,7 @@ def _solve(
             state = now
             tell(now)
     if state is None:
-        raise MdiffError(f"the grid of stage {number + 1} has no step")
+        raise MdiffError(f"the grid of stage {place[0] + 1} has no step")
     return state.x
 
 
@@ -421,7 +452,7 @@ def _teller(on_step: OnStep | None, here: Callable[..., Moment]) -> Callable[[St
 
 @dataclass
 class _Saved:
-    """The states of a sample in progress, one file a stage in a folder beside the output."""
+    """The states of a sample in progress, one file a turn in a folder beside the output."""
 
     folder: Path
     keep: bool
@@ -429,23 +460,26 @@ class _Saved:
     at: float = field(default_factory=time.monotonic)
 
     def step(self, moment: Moment) -> None:
-        self.latest[moment.number] = moment.state
-        if time.monotonic() - self.at > SAVE_EVERY:
-            self.save()
+        if self.keep:
+            self.latest[moment.turn] = moment.state
+            if time.monotonic() - self.at > SAVE_EVERY:
+                self.save()
 
     def save(self) -> None:
-        if self.keep:
-            for number, state in self.latest.items():
-                with record.atomic_write(self.folder / f"{number}.safetensors") as temporary:
-                    save_file(state.save(), temporary)
-            self.at = time.monotonic()
+        for turn, state in self.latest.items():
+            with record.atomic_write(self.folder / f"{turn}.safetensors") as temporary:
+                save_file(state.save(), temporary)
+        # what is at its end does not change any more, and is not written again
+        self.latest.clear()
+        self.at = time.monotonic()
 
     def load(self, device: str) -> dict[int, State]:
+        found = {}
         for file in sorted(self.folder.glob("[0-9]*.safetensors")):
             tensors = weights.parse(file.read_bytes(), str(file))
             there = {name: tensor.to(device) for name, tensor in tensors.items()}
-            self.latest[int(file.stem)] = State.restore(there)
-        return dict(self.latest)
+            found[int(file.stem)] = State.restore(there)
+        return found
 
     def remove(self) -> None:
         rmtree(self.folder, ignore_errors=True)

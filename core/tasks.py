@@ -8,7 +8,8 @@ for every modality: where the sampler begins (`begin`), and what it follows (`fo
     strength        begins at x_t = alpha_t start + sigma_t z, at the level that it says
     mask            what is kept replaces what the denoiser says (`guidance.replacement`)
     operator        so does what was measured; some operators are masks without a file
-    pull            what is not known is drawn to what is (`guidance.reconstruction`)
+    guide           what is not known is drawn to what is (`guidance.reconstruction`)
+    bounds          x0 is cut off after all that guides it, and before what is known replaces it
     invert          z is the noise that DDIM comes back to the start from
     to_seed         z lies between the noises of two seeds, on the great circle
     to_text         conditions lie between those of two texts, on the straight line
@@ -18,7 +19,7 @@ for every modality: where the sampler begins (`begin`), and what it follows (`fo
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +28,10 @@ from mdiff.core import inversion, operators
 from mdiff.core.denoiser import Denoise
 from mdiff.core.errors import UsageError, nearest
 from mdiff.core.grids import Grid
-from mdiff.core.guidance import classifier_free, composed, reconstruction, replacement
+from mdiff.core.guidance import classifier_free, composed, replacement
 from mdiff.core.hooks import Given, Media, Problem, Request, Stage
 from mdiff.core.noise import Noise
-from mdiff.core.operators import Linear
+from mdiff.core.operators import Linear, Operator
 from mdiff.core.request import FILES, weighted
 from mdiff.core.samplers.base import noise_in
 from mdiff.core.sampling import along
@@ -117,8 +118,13 @@ def restored(given: Given | None, x: Tensor) -> Tensor:
     if given.operator is not None and given.measurement is not None:
         wanted = operators.place(given.operator, given.measurement.to(x))
         made = given.operator(x)
-        return x + given.operator.pinv(wanted(made) - made, x)
-    if given.keep is None or given.start is None:
+        x = x + given.operator.pinv(wanted(made) - made, x)
+    return kept(given, x)
+
+
+def kept(given: Given | None, x: Tensor) -> Tensor:
+    """Data x (B, C, *axes) with what stays of the start in its place."""
+    if given is None or given.keep is None or given.start is None:
         return x
     return torch.where(given.keep.to(x.device), given.start.to(x), x)
 
@@ -325,26 +331,51 @@ def followed(
         weights = [weight for _, weight in weighted(request.text or "")]
         scales = [scale * weight for weight in weights]
         made = source = composed(denoise, conds=conds, uncond=uncond, scales=scales)
-    return _known(made, problem.given), source
+    bounds = problem.bounds or (lambda denoise: denoise)
+    facts = [] if problem.given is None else _facts(problem.given)
+    if problem.given is not None and problem.given.guide is not None and facts:
+        made = problem.given.guide(made, *_together(facts))
+    made, source = bounds(made), bounds(source)
+    for fact in facts:
+        made = replacement(made, fact.operator, fact.known, encode=fact.encode, decode=fact.decode)
+    return made, source
 
 
-def _known(denoise: Denoise, given: Given | None) -> Denoise:
-    """The denoiser with what is known in its place, and the rest drawn to it as far as is asked."""
-    if given is None:
-        return denoise
-    operator, known = given.operator, given.measurement
-    if operator is None and given.keep is not None:
-        operator, known = operators.mask(given.keep), given.start
-    if operator is None or known is None:
-        return denoise
-    if given.pull:
-        seen = operator if given.decode is None else _after(given.decode, operator)
-        denoise = reconstruction(denoise, seen, known, given.pull)
-    return replacement(denoise, operator, known, encode=given.encode, decode=given.decode)
+class _Fact(NamedTuple):
+    """known = operator(x), or operator(decode(x))."""
+
+    operator: Linear
+    known: Tensor
+    encode: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def seen(self) -> Operator:
+        """From x to what is known."""
+        decode, operator = self.decode, self.operator
+        return operator if decode is None else lambda x0: operator(decode(x0))
 
 
-def _after(decode: Callable[[Tensor], Tensor], operator: Linear) -> Callable[[Tensor], Tensor]:
-    return lambda x0: operator(decode(x0))
+def _facts(given: Given) -> list[_Fact]:
+    """What is known of x; what stays comes last, since it replaces the rest."""
+    facts = []
+    if given.operator is not None and given.measurement is not None:
+        facts.append(_Fact(given.operator, given.measurement, given.encode, given.decode))
+    if given.keep is not None and given.start is not None:
+        facts.append(_Fact(operators.mask(given.keep), given.start))
+    return facts
+
+
+def _together(facts: Sequence[_Fact]) -> tuple[Operator, Tensor]:
+    """Facts as one operator and what it makes."""
+    if len(facts) == 1:
+        return facts[0].seen, facts[0].known
+    rows = max(len(fact.known) for fact in facts)
+    known = [fact.operator.within(fact.known).flatten(1).cpu() for fact in facts]
+    return (
+        lambda x0: torch.cat([fact.seen(x0).flatten(1) for fact in facts], 1),
+        torch.cat([row.expand(rows, -1) for row in known], 1),
+    )
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mdiff.core.denoiser import Denoise, Guided
-from mdiff.core.guidance.bounds import clamp, dynamic_threshold
+from mdiff.core.guidance.bounds import clamp, dynamic_threshold, from_clip
 from mdiff.core.guidance.conditional import classifier_free, composed, projected
 from mdiff.core.guidance.gradient import classifier, similarity, universal
 from mdiff.core.guidance.mixing import autoguidance, mixture, perturbed
@@ -20,6 +20,7 @@ __all__ = [
     "composed",
     "dps",
     "dynamic_threshold",
+    "from_clip",
     "from_name",
     "mixture",
     "perturbed",

@@ -1,7 +1,9 @@
 """Guidance by bounds: what x0 is known to lie in."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +60,17 @@ def dynamic_threshold(
         return _bounded(said, said.x0.clamp(-bound, bound) / bound)
 
     return Guided(inner=denoise, rule=rule)
+
+
+def from_clip(clip: bool | float) -> Callable[[Denoise], Guided] | None:
+    """How x0 is cut off, as a model's config says it in a word.
+
+    Args:
+        clip: true for `clamp`, false for not at all, a number for `dynamic_threshold` at that percentile.
+    """
+    if isinstance(clip, bool):
+        return clamp if clip else None
+    return partial(dynamic_threshold, percentile=clip)
 
 
 def _bounded(said: Prediction, x0: Tensor) -> Prediction:

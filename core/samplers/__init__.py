@@ -21,6 +21,7 @@ from mdiff.core.samplers.langevin import (
     EulerMaruyama,
     PredictorCorrector,
     ReverseDiffusion,
+    ancestral_corrected,
 )
 from mdiff.core.samplers.multistep import (
     PNDM,
@@ -129,6 +130,7 @@ NAMES: dict[str, Callable[..., Sampler]] = {
     "reverse_diffusion": ReverseDiffusion,
     "euler_maruyama": EulerMaruyama,
     "predictor_corrector": PredictorCorrector,
+    "ancestral_corrected": ancestral_corrected,
     "annealed_langevin": AnnealedLangevin,
     "consistency": Consistency,
     "lcm": LCM,

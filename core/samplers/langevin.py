@@ -15,7 +15,7 @@ from torch import Tensor
 from mdiff.core.denoiser import Denoise
 from mdiff.core.errors import UsageError
 from mdiff.core.noise import Noise
-from mdiff.core.samplers.ancestral import check_eta
+from mdiff.core.samplers.ancestral import DDPM, check_eta
 from mdiff.core.samplers.base import Memory, Sampler
 from mdiff.core.schedules import Schedule, Time, blend, pad
 
@@ -154,6 +154,11 @@ class PredictorCorrector:
             size = 2 * (a * self.snr * _norm(z) / _norm(score)) ** 2
             x = x + pad(size, x) * score + pad((2 * size).sqrt(), x) * z
         return self.predictor.step(denoise, x, t, s, state, noise)
+
+
+def ancestral_corrected(*, corrections: int = 1, snr: float = 0.16) -> PredictorCorrector:
+    """DDPM's step after Langevin steps at t (Ho et al., 2022, Video Diffusion, section 3)."""
+    return PredictorCorrector(predictor=DDPM(), corrections=corrections, snr=snr)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.core.denoiser import KEYS, Denoise, Denoiser, from_config
+from mdiff.core.denoiser import KEYS, Denoiser, from_config
 from mdiff.core.errors import UsageError, nearest
-from mdiff.core.guidance import clamp
+from mdiff.core.guidance import from_clip
 from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage
 from mdiff.core.nn.unet import UNet
 from mdiff.core.registry import check_config
@@ -78,29 +78,28 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         size: pixels of an edge of the pictures it was trained on.
         predicts, time, learned_variance: of the `Denoiser`; "index" and false where not said.
         schedule: the name of one of the core's, and its parameters.
-        clip: x0 is cut off at [-1, 1] while sampling, true where not said.
+        clip: how x0 is cut off at [-1, 1] while sampling, as `guidance.from_clip` takes it; true where not said.
         classes: names of classes, in the order of their labels; numbers where not said.
         unet: arguments of the network. With one label more than classes it knows pictures of no class too.
     """
     config = card.config
     check_config(card, (*KEYS, "size", "clip", "classes", "unet"))
     unet = UNet(**config["unet"]).to(device, dtype)
-    denoise: Denoise = denoiser(card, unet)
-    if config.get("clip", True):
-        denoise = clamp(denoise)
+    bounds = from_clip(config.get("clip", True))
     classes, labels = classes_of(config), config["unet"].get("classes")
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
         shape = (config["unet"]["in_channels"], *size_of(request, config, unet.factor))
         seen = inputs.given(request, carry, shape)
         if not labels:
-            return Problem(shape=shape, given=seen)
+            return Problem(shape=shape, given=seen, bounds=bounds)
 
         def condition(name: str | None) -> dict[str, Tensor]:
             return {"label": torch.tensor([label_of(name, classes, labels)], device=device)}
 
         uncond = condition(None) if labels > len(classes) else None
-        return Problem(shape=shape, cond=condition(request.class_name), uncond=uncond, given=seen)
+        cond = condition(request.class_name)
+        return Problem(shape=shape, cond=cond, uncond=uncond, given=seen, bounds=bounds)
 
     def finish(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
@@ -111,7 +110,7 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
     stage = Stage(
         name="image",
         prepare=prepare,
-        denoiser=denoise,
+        denoiser=denoiser(card, unet),
         finish=finish,
         preview=lambda x0: to_pillow(to_picture(x0)),
     )

@@ -99,7 +99,9 @@ def why(status: int, lines: Sequence[str]) -> str:
     if status < 0:
         return f"ffmpeg was ended by signal {-status}"
     said = [re.sub(r"^(\[.*?\] *)+|^Error opening (in|out)put files: ", "", line) for line in lines]
-    telling = [line for line in said if line and line != "Conversion failed!"]
+    telling = [
+        line for line in said if line and line != "Conversion failed!" and line[:6] != "frame="
+    ]
     return telling[-1].rstrip(".") if telling else f"ffmpeg's exit status is {status}"
 
 

@@ -93,6 +93,26 @@ def _between(
     return Given(start=read(shape), keep=keep)
 
 
+def _ends(
+    words: Sequence[str], shape: tuple[int, ...], units: Sequence[float], read: tasks.Read
+) -> Given:
+    """ends: the first and the last frame are the input's; ends 2: two of each. The rest starts as the nearer one."""
+    count = int(words[0]) if len(words) == 1 and words[0].isdigit() else 0 if words else 1
+    if not 0 < 2 * count < shape[1]:
+        raise UsageError(
+            f"operator 'ends' takes how many frames are known at either end, fewer than half of {shape[1]}: "
+            "--operator 'ends 2'"
+        )
+    first, last = (read((shape[0], sign * count, *shape[2:])) for sign in (1, -1))
+    half = shape[1] // 2
+    near = torch.arange(half).clamp(max=count - 1)
+    far = (torch.arange(half - shape[1], 0) + count).clamp(min=0)
+    start = torch.cat([first[:, :, near], last[:, :, far]], 2)
+    keep = torch.zeros(1, 1, *shape[1:], dtype=torch.bool)
+    keep[:, :, :count] = keep[:, :, -count:] = True
+    return Given(start=start, keep=keep)
+
+
 def _in_space(form: tasks.Form) -> tasks.Form:
     """An operator on frames, whose number does not count these."""
 
@@ -107,6 +127,7 @@ def _in_space(form: tasks.Form) -> tasks.Form:
 FORMS: Mapping[str, tasks.Form] = {
     "extend": _extend,
     "between": _between,
+    "ends": _ends,
     "hole": tasks.FORMS["hole"],
     "upscale": _in_space(tasks.FORMS["upscale"]),
     "sharpen": _in_space(tasks.FORMS["sharpen"]),

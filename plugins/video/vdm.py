@@ -1,23 +1,26 @@
 """Video Diffusion Models: text -> clip, in pixels (Ho et al., 2022).
 
 One stage: noise -> x0 (C, T, H, W) in [-1, 1] -> a clip. The network is the core's UNet with attention along frames, or
-that of video-diffusion-pytorch.
+that of video-diffusion-pytorch. A clip of more frames than it was trained on is made a block at a time, each of which
+knows the last frames of the one before (section 3.1).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from mdiff.core import blocks
 from mdiff.core.conditions import token_states
-from mdiff.core.denoiser import Denoise, from_config
+from mdiff.core.denoiser import from_config
 from mdiff.core.errors import UsageError
-from mdiff.core.guidance import clamp
-from mdiff.core.hooks import Model, ModelCard, Problem, Request, Stage, text_encoder
+from mdiff.core.guidance import from_clip, reconstruction
+from mdiff.core.hooks import Given, Model, ModelCard, Problem, Request, Stage, text_encoder
 from mdiff.core.nn.unet import UNet
 from mdiff.plugins.video import inputs, io
 from mdiff.plugins.video.ffmpeg import rate_of
@@ -45,7 +48,8 @@ def listener(config: Mapping[str, Any]) -> Callable[[Sequence[str]], dict[str, T
     if takes.get("context"):
         makers["context"] = lambda texts: token_states(encoder, texts, config["tokens"])
     if takes.get("vector"):
-        makers["vector"] = lambda texts: encoder.encode(texts).pooled.float()
+        scale = config.get("vector_scale", 1.0)
+        makers["vector"] = lambda texts: scale * encoder.encode(texts).pooled.float()
     return lambda texts: {name: make(texts) for name, make in makers.items()}
 
 
@@ -71,8 +75,10 @@ def to_clip(x: Tensor) -> Tensor:
 def shape_of(request: Request, config: Mapping[str, Any], net: Network) -> tuple[int, ...]:
     """(C, T, H, W) of a request: options of the model where it has them, else what it was trained on.
 
+    T is that of the duration where there is one, in seconds.
+
     Raises:
-        UsageError: a size is no multiple of what the network divides it by.
+        UsageError: no frame, or a size that is no multiple of what the network divides it by.
     """
     options = {"size": config["size"], "frames": config["frames"], **request.options}
     height, width = (int(options.get(name, options["size"])) for name in ("height", "width"))
@@ -80,8 +86,13 @@ def shape_of(request: Request, config: Mapping[str, Any], net: Network) -> tuple
         raise UsageError(
             f"height and width should be multiples of {net.factor}, they are {height} and {width}"
         )
+    frames = int(options["frames"])
+    if request.duration is not None:
+        frames = round(request.duration * rate(request, config))
+    if frames < 1:
+        raise UsageError("a clip has at least one frame: ask for more, or for a longer duration")
     channels = config[name_of(config)].get("in_channels", 3)
-    return channels, int(options["frames"]), height, width
+    return channels, frames, height, width
 
 
 def rate(request: Request, config: Mapping[str, Any]) -> Fraction:
@@ -98,41 +109,66 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         unet or unet3d: arguments of the network.
         text_encoder: name of the frozen text encoder, where the network takes a context or a vector.
         tokens: how many token states make a context.
+        vector_scale: what pooled vectors are multiplied by, 1 where not said. Entries of a vector of unit norm are so
+            small that a network hardly hears them.
         predicts, time, schedule: as `denoiser.from_config` takes them.
-        clip: x0 is cut off at [-1, 1] while sampling, true where not said.
+        clip: how x0 is cut off at [-1, 1] while sampling, as `guidance.from_clip` takes it; true where not said.
 
-    An option `reconstruction` is the scale of the guidance of that name where the request has an input (section 3.1).
+    Two options say what frames that are made do of frames that are known, from an input or an earlier block:
+        reconstruction: the scale of reconstruction guidance, w_r in equation 7; 0, and where there is no such option,
+            is replacement alone.
+        overlap: frames that a block knows of those before; half a block where there is no such option.
     """
     config = card.config
     name = name_of(config)
     net = NETWORKS[name](**config[name]).to(device, dtype)
     listen = listener(config)
-    denoise: Denoise = from_config(net, config)
-    if config.get("clip", True):
-        denoise = clamp(denoise)
+    bounds = from_clip(config.get("clip", True))
 
     def placed(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value.to(device, dtype) for key, value in conditions.items()}
 
     def prepare(request: Request, carry: dict[str, Any]) -> Problem:
-        shape = shape_of(request, config, net)
-        seen = inputs.given(request, carry, shape, rate(request, config))
-        if seen is not None:
-            seen = replace(seen, pull=float(request.options.get("reconstruction", 0.0)))
+        whole = carry["whole"] = carry["whole"] if "whole" in carry else begun(request, carry)
+        here = blocks.block(whole)
         cond = listen([request.text or ""])
         uncond = nothing(net, listen) if request.negative is None else listen([request.negative])
         return Problem(
-            shape=shape, cond=placed(cond), uncond=placed(uncond) if cond else None, given=seen
+            shape=here.shape,
+            cond=placed(cond),
+            uncond=placed(uncond) if cond else None,
+            given=here.given,
+            bounds=bounds,
+            more=here.more,
         )
+
+    def begun(request: Request, carry: Mapping[str, Any]) -> blocks.Whole:
+        """The clip as far as the input says what it is."""
+        shape, size = shape_of(request, config, net), config["frames"]
+        seen = inputs.given(request, carry, shape, rate(request, config)) or Given()
+        scale = float(request.options.get("reconstruction", 0.0))
+        if scale:
+            seen = replace(seen, guide=partial(reconstruction, scale=scale))
+        overlap = int(request.options.get("overlap", size // 2))
+        return blocks.Whole(shape=shape, size=size, overlap=overlap, given=seen)
 
     def finish(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
         assert x is not None  # a stage with a denoiser is given its sample
-        return {"sample": {"video": to_clip(x), "fps": rate(request, config)}}
+        whole = blocks.put(carry["whole"], x)
+        assert whole.given.start is not None  # what has been put there
+        clip = {"video": to_clip(whole.given.start), "fps": rate(request, config)}
+        return {"whole": whole, "sample": clip}
 
     def draw(x0: Tensor) -> Image:
         return io.thumbnail({"video": to_clip(x0)})
 
-    stage = Stage(name="video", prepare=prepare, denoiser=denoise, finish=finish, preview=draw)
+    stage = Stage(
+        name="video",
+        prepare=prepare,
+        denoiser=from_config(net, config),
+        finish=finish,
+        preview=draw,
+    )
     return Model(modules={name: net}, stages=(stage,))

@@ -10,7 +10,7 @@ import torch
 
 from mdiff.cli import main
 from mdiff.core import host as hosts
-from mdiff.core import pipeline, registry
+from mdiff.core import pipeline, registry, tasks
 from mdiff.core.errors import PluginError, UsageError
 from mdiff.core.hooks import ModelCard, Request
 from mdiff.core.host import Host
@@ -68,14 +68,16 @@ def test_grey_pictures(folder: Folder) -> None:
 
 def test_samples_are_clipped_as_the_card_says(card: Callable[..., ModelCard]) -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for clip in (True, False):
+    request = Request(model="image/ddpm")
+    for clip in (True, 0.9, False):
         torch.manual_seed(0)
         model = mdiff_build(card("ddpm", clip=clip), "cpu", torch.float32)
         (stage,) = model.stages
         assert stage.denoiser is not None
+        denoise, _ = tasks.followed(stage.denoiser, stage.prepare(request, {}), (), request)
         with torch.no_grad():
-            x0 = stage.denoiser(x, 1.0).x0
-        assert bool((x0.abs() <= 1).all()) == clip
+            x0 = denoise(x, 1.0).x0
+        assert bool((x0.abs() <= 1).all()) == bool(clip)
 
 
 def test_learned_variance(folder: Folder) -> None:
