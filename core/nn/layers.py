@@ -332,6 +332,25 @@ class FramePositions(nn.Module):
         return bias.masked_fill(apart.unsqueeze(1), float("-inf"))
 
 
+def patched(x: Tensor, side: int) -> Tensor:
+    """x (B, C, *axes) -> (B, C side^n, *axes / side): each channel's values of a patch, one channel for each place."""
+    n = x.ndim - 2
+    for k in range(n):
+        x = x.unflatten(2 + 2 * k, (-1, side))
+    x = x.permute(0, 1, *range(3, 3 + 2 * n, 2), *range(2, 2 + 2 * n, 2))
+    return x.flatten(1, 1 + n)
+
+
+def unpatched(x: Tensor, side: int) -> Tensor:
+    """The inverse of `patched`."""
+    n = x.ndim - 2
+    x = x.unflatten(1, (-1, *[side] * n))
+    x = x.permute(0, 1, *(axis for k in range(n) for axis in (2 + n + k, 2 + k)))
+    for k in range(n):
+        x = x.flatten(2 + k, 3 + k)
+    return x
+
+
 def folded(x: Tensor) -> Tensor:
     """Clips (B, C, T, *axes) -> their frames in a row (B T, C, *axes)."""
     return x.transpose(1, 2).flatten(0, 1)

@@ -22,8 +22,10 @@ from mdiff.core.nn.layers import (
     SpatialTransformer,
     Upsample,
     folded,
+    patched,
     timestep_embedding,
     unfolded,
+    unpatched,
     zero,
 )
 
@@ -85,6 +87,8 @@ class UNet(nn.Module):
         groups, eps: of all norms but those of spatial transformers, whose eps is 1e-6; DDPM's is that too.
         sine_first, frequency_shift: of `timestep_embedding`; true and 1 in DDPM.
         dropout: before the last convolution of a residual block.
+        patch: values along each axis that are one position of the first level, as channels: a first level at half
+            the resolution or less, for a fraction of the work (Hoogeboom et al., 2023: simple diffusion).
         frame_heads: heads of attention along an axis more, that of frames, which stands before the others in x; no
             convolution, norm or other attention crosses it (Ho et al., 2022: Video Diffusion). None: there is no such.
         frame_levels: levels with attention along frames, after the other attention; it is in the middle too.
@@ -128,6 +132,7 @@ class UNet(nn.Module):
         sine_first: bool = False,
         frequency_shift: int = 0,
         dropout: float = 0.0,
+        patch: int = 1,
         frame_heads: int | None = None,
         frame_levels: Sequence[int] = (),
         frame_rotary: bool = False,
@@ -137,7 +142,8 @@ class UNet(nn.Module):
         self.axes = axes
         self.blocks = blocks
         self.levels = len(multipliers)
-        self.factor = 2 ** (self.levels - 1)
+        self.patch = patch
+        self.factor = patch * 2 ** (self.levels - 1)
         self.sinusoids = partial(
             timestep_embedding,
             width=channels,
@@ -193,7 +199,9 @@ class UNet(nn.Module):
         widths = [int(channels * m) for m in multipliers]
         last = self.levels - 1
         c = widths[0]
-        self.input_blocks = nn.ModuleList([_Blocks([conv(in_channels, c, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList(
+            [_Blocks([conv(in_channels * patch**axes, c, 3, padding=1)])]
+        )
         row: list[nn.Module]
         skips = [c]
         for level in range(self.levels):
@@ -226,7 +234,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(groups, c, eps=eps),
             nn.SiLU(),
-            zero(conv(c, out_channels, 3, padding=1)),
+            zero(conv(c, out_channels * patch**axes, 3, padding=1)),
         )
 
     def forward(
@@ -267,7 +275,7 @@ class UNet(nn.Module):
         if self.film_emb is not None and vector is not None:
             emb = torch.cat([emb, self.film_emb(vector.to(x.dtype))], dim=1)
         skips = []
-        h = x
+        h = x if self.patch == 1 else patched(x, self.patch)
         for block in self.input_blocks:
             h = block(h, emb, context, frames)
             skips.append(h)
@@ -275,4 +283,5 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, frames)
         out = self.out(h)
+        out = out if self.patch == 1 else unpatched(out, self.patch)
         return out if frames is None else unfolded(out, frames.shape[-1])
