@@ -27,12 +27,17 @@ SETS: Mapping[str, str] = {
     "noto": "npm:@iconify-json/noto@1.2.9",
     "noto-v1": "npm:@iconify-json/noto-v1@1.2.5",
     "fxemoji": "npm:@iconify-json/fxemoji@1.2.2",
+    "fluent-gradient": "npm:@iconify-json/fluent-emoji@1.2.7",
+    "twemoji": "npm:@iconify-json/twemoji@1.2.5",
+    "emojione": "npm:@iconify-json/emojione@1.2.3",
+    "emojione-monotone": "npm:@iconify-json/emojione-monotone@1.2.1",
 }
 """The packages of the sets."""
 RESVG = "pip:resvg-py==0.5.0"
 """The package that draws SVG."""
 
 _FLUENT = "Copyright (c) Microsoft Corporation, Fluent Emoji, github.com/microsoft/fluentui-emoji"
+_EMOJIONE = "Ranks.com Inc., EmojiOne 2, emojione.com; packed by Iconify"
 _NOTO = "Google Inc, Noto Emoji, github.com/googlefonts/noto-emoji"
 CREDITS: Mapping[str, tuple[str, str]] = {
     "fluent-3d": ("MIT", f"{_FLUENT}; packed by LobeHub"),
@@ -41,6 +46,13 @@ CREDITS: Mapping[str, tuple[str, str]] = {
     "noto": ("Apache-2.0", f"{_NOTO}; packed by Iconify"),
     "noto-v1": ("Apache-2.0", f"{_NOTO} (its first version); packed by Iconify"),
     "fxemoji": ("Apache-2.0", "Mozilla, FxEmoji, github.com/mozilla/fxemoji; packed by Iconify"),
+    "fluent-gradient": ("MIT", f"{_FLUENT}; packed by Iconify"),
+    "twemoji": (
+        "CC-BY-4.0",
+        "Twitter, Inc and other contributors, Twemoji, github.com/twitter/twemoji; packed by Iconify",
+    ),
+    "emojione": ("CC-BY-4.0", _EMOJIONE),
+    "emojione-monotone": ("CC-BY-4.0", _EMOJIONE),
 }
 """The licence of each set, and whom to name."""
 
@@ -65,8 +77,13 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 Licensed under the Apache License, Version 2.0; the licence is at http://www.apache.org/licenses/LICENSE-2.0. Unless
 required by applicable law or agreed to in writing, the pictures are distributed on an "AS IS" BASIS, WITHOUT
 WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+
+## CC-BY-4.0
+
+Creative Commons Attribution 4.0 International; the licence, with its disclaimer of warranties, is at
+https://creativecommons.org/licenses/by/4.0/. Who passes the pictures on names their authors and says what was changed.
 """
-"""What the two licences ask to go along with every copy."""
+"""What the licences ask to go along with every copy."""
 
 DRAWN = 256
 """Pixels of a side at which vectors are drawn before they are made small."""

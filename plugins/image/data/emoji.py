@@ -1,7 +1,7 @@
-"""The data set `image/emoji`: what is drawn in six styles, with captions, as a folder.
+"""The data sets of emoji: what is drawn in several styles, with captions, as a folder.
 
-Every source draws the same list of things, each in a style of its own, so that a style can be kept from training for
-some things and asked for afterwards: see `held_out`.
+Every source draws the same list of things, each in a style of its own, so that in `image/emoji` a style can be kept
+from training for some things and asked for afterwards: see `held_out`. The scorer learns from `image/emoji-judge`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from mdiff.core.errors import IntegrityError, MdiffError
-from mdiff.plugins.image.data import PACKAGES, captions, pictures
+from mdiff.plugins.image.data import captions, packages, pictures
 from mdiff.plugins.image.data.concepts import Concept, concepts
 from mdiff.plugins.image.data.licences import licences
 from mdiff.plugins.image.data.sets import sets
@@ -39,40 +39,41 @@ class Drawn:
     open: Callable[[], Image.Image]
 
 
-def build(folder: Path, fetch: Callable[[str], Path]) -> None:
+def build(name: str, folder: Path, fetch: Callable[[str], Path]) -> None:
     """Writes the pictures, `metadata.jsonl` and `LICENSES.md` into an empty folder.
 
     A picture that cannot be drawn is left out, with a line on the error stream.
 
     Args:
+        name: of the data set.
         fetch: "npm:name@1.0" -> the folder of the unpacked package.
 
     Raises:
         IntegrityError: a package does not hold what it should.
         MissingError: the package that draws SVG does not load.
     """
-    at = {name: fetch(spec) for name, spec in PACKAGES.items()}
+    at = {package: fetch(spec) for package, spec in packages(name).items()}
     try:
         known = concepts(at["names"], at["keywords"], at["wordnet"])
-        found = sets(at, known)
+        found = sets(name, at, known)
     except (OSError, ValueError, KeyError) as error:
         raise IntegrityError(
-            f"a package of image/emoji is not what it was: {error!r}; fetch it again"
+            f"a package of image/{name} is not what it was: {error!r}; fetch it again"
         ) from error
     wanted = [
-        Drawn(concept=concept, style=style, source=name, open=icons[concept.code])
+        Drawn(concept=concept, style=style, source=source, open=icons[concept.code])
         for concept in known.values()
-        for style, name, icons in found
+        for style, source, icons in found
         if concept.code in icons
     ]
     with ThreadPoolExecutor() as pool:
         made = list(pool.map(lambda drawn: _write(folder, drawn), wanted))
     kept = _once(folder, dict(zip(wanted, made, strict=True)))
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
-        for row in _rows(kept):
+        for row in _rows(kept, holding=name == "emoji"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     counts = Counter(drawn.source for drawn in kept)
-    (folder / "LICENSES.md").write_text(licences(counts, at["wordnet"]), "utf-8")
+    (folder / "LICENSES.md").write_text(licences(name, counts, at["wordnet"]), "utf-8")
 
 
 def held_out(code: str, styles: Sequence[str]) -> str | None:
@@ -127,14 +128,14 @@ def _once(folder: Path, made: Mapping[Drawn, str | None]) -> list[Drawn]:
     return list(first.values())
 
 
-def _rows(kept: Sequence[Drawn]) -> Iterator[dict[str, Any]]:
-    """The lines of metadata.jsonl."""
+def _rows(kept: Sequence[Drawn], *, holding: bool) -> Iterator[dict[str, Any]]:
+    """The lines of metadata.jsonl, some of them held out where the data set is one to generate from."""
     styles: dict[str, list[str]] = {}
     for drawn in kept:
         styles.setdefault(drawn.concept.code, []).append(drawn.style.word)
     for drawn in kept:
         concept, style = drawn.concept, drawn.style.word
-        out = held_out(concept.code, styles[concept.code]) == style
+        out = holding and held_out(concept.code, styles[concept.code]) == style
         yield {
             "file_name": _file_name(drawn),
             "texts": captions.wordings(concept, drawn.style),

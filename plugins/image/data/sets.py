@@ -1,37 +1,64 @@
 """The icon sets: which picture of a set shows which concept."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mdiff.core.icons import Icons, codes, drawer, files, vectors
+from mdiff.core.icons import Draw, Icons, codes, drawer, files, vectors
+from mdiff.plugins.image.data import SETS
 from mdiff.plugins.image.data.captions import STYLES, Style
 from mdiff.plugins.image.data.concepts import Concept
 
+Known = Mapping[str, Concept]
 
-def sets(
-    at: Mapping[str, Path], known: Mapping[str, Concept]
-) -> Sequence[tuple[Style, str, Icons]]:
-    """(style, name of the package, its pictures), one set for each style.
+
+def sets(name: str, at: Mapping[str, Path], known: Known) -> Sequence[tuple[Style, str, Icons]]:
+    """(style, name of the icon set, its pictures): what a data set is made of.
 
     Args:
+        name: of the data set.
         at: name of a package -> its folder.
     """
     draw = drawer(at["resvg"])
-    sources = {
-        "fluent-3d": files(at["fluent-3d"] / "assets"),
-        "fluent-flat": vectors(at["fluent-flat"], codes(at["fluent-flat"]), draw),
-        "fluent-contrast": vectors(at["fluent-contrast"], codes(at["fluent-contrast"]), draw),
-        "noto": vectors(at["noto"], codes(at["noto"]), draw),
-        "noto-v1": vectors(at["noto-v1"], _by_name(known), draw),
-        "fxemoji": vectors(at["fxemoji"], _by_joined_name(known), draw),
-    }
+    styles = {style.word: style for style in STYLES}
     return [
-        (style, name, icons) for style, (name, icons) in zip(STYLES, sources.items(), strict=True)
+        (styles[word], source, OPENED[source](at[source], known, draw))
+        for source, word in SETS[name].items()
     ]
 
 
-def _by_name(known: Mapping[str, Concept]) -> dict[str, str]:
+def _files(package: Path, known: Known, draw: Draw) -> Icons:
+    return files(package / "assets")
+
+
+def _coded(package: Path, known: Known, draw: Draw) -> Icons:
+    return vectors(package, codes(package), draw)
+
+
+def _named(package: Path, known: Known, draw: Draw) -> Icons:
+    return vectors(package, _by_name(known), draw)
+
+
+def _joined(package: Path, known: Known, draw: Draw) -> Icons:
+    return vectors(package, _by_joined_name(known), draw)
+
+
+OPENED: Mapping[str, Callable[[Path, Known, Draw], Icons]] = {
+    "fluent-3d": _files,
+    "fluent-flat": _coded,
+    "fluent-contrast": _coded,
+    "noto": _coded,
+    "noto-v1": _named,
+    "fxemoji": _joined,
+    "fluent-gradient": _named,
+    "twemoji": _named,
+    "emojione": _named,
+    "emojione-monotone": _named,
+}
+"""Icon set -> what finds its pictures in the package."""
+
+
+def _by_name(known: Known) -> dict[str, str]:
     """Code -> key, of a set whose keys are Unicode's names: "red-apple"."""
     plain = {code: re.sub("[’'.]", "", concept.official) for code, concept in known.items()}
     return {
@@ -39,7 +66,7 @@ def _by_name(known: Mapping[str, Concept]) -> dict[str, str]:
     }
 
 
-def _by_joined_name(known: Mapping[str, Concept]) -> dict[str, str]:
+def _by_joined_name(known: Known) -> dict[str, str]:
     """Code -> key, of FxEmoji, whose keys are names without spaces, many of them its own."""
     joined = {
         code: re.sub(r"[^a-z0-9]", "", concept.official.lower()) for code, concept in known.items()

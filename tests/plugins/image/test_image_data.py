@@ -14,7 +14,8 @@ from PIL import Image
 from mdiff.core import data
 from mdiff.core.errors import IntegrityError, MdiffError, MissingError
 from mdiff.core.icons import FAINT
-from mdiff.plugins.image.data import DATASETS, PACKAGES, pictures
+from mdiff.plugins.image.data import DATASETS, SETS, pictures
+from mdiff.plugins.image.data import packages as packages_of
 from mdiff.plugins.image.data.captions import STYLES, UNSTYLED, WORDINGS, plain, wordings
 from mdiff.plugins.image.data.concepts import Concept, phrase
 from mdiff.plugins.image.data.emoji import FOLDS, HELD_OUT, LEAST_STYLES, fold, held_out
@@ -60,6 +61,9 @@ def _json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), "utf-8")
 
 
+PACKAGES = {**packages_of("emoji-judge"), **packages_of("emoji")}
+
+
 @pytest.fixture
 def packages(tmp_path: Path) -> Iterator[dict[str, Path]]:
     """Tiny packages, by the names of `PACKAGES`."""
@@ -91,6 +95,8 @@ def packages(tmp_path: Path) -> Iterator[dict[str, Path]]:
         _json(at[name] / "chars.json", codes)
     _json(at["noto-v1"] / "icons.json", {"icons": {"owl": _path("#706050")}, "width": 32})
     _json(at["fxemoji"] / "icons.json", {"icons": {"redapple": _path("#f0f0f0")}, "width": 32})
+    for number, name in enumerate(SETS["emoji-judge"]):
+        _json(at[name] / "icons.json", {"icons": {"red-apple": _path(f"#a{number}0")}, "width": 32})
     at["resvg"].mkdir()
     (at["resvg"] / "resvg_py.py").write_text(RESVG, "utf-8")
     sys.modules.pop("resvg_py", None)
@@ -103,9 +109,9 @@ def _fetch(at: dict[str, Path]) -> Callable[[str], Path]:
     return folders.__getitem__
 
 
-def _built(at: dict[str, Path], folder: Path) -> dict[str, bytes]:
+def _built(at: dict[str, Path], folder: Path, name: str = "emoji") -> dict[str, bytes]:
     folder.mkdir()
-    DATASETS["emoji"].build(folder, _fetch(at))
+    DATASETS[name].build(folder, _fetch(at))
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -130,6 +136,18 @@ def test_a_folder_is_built_of_things_only_each_picture_once(
         "skipped owl-flat.png of fluent-flat: not an SVG that can be drawn: no path",
         "skipped red-apple-clip-art.png of fxemoji: it cannot be seen on white",
     ]
+
+
+def test_what_the_judge_learns_from_no_generator_sees(
+    packages: dict[str, Path], tmp_path: Path
+) -> None:
+    assert not SETS["emoji"].keys() & SETS["emoji-judge"].keys()
+    files = _built(packages, tmp_path / "judge", "emoji-judge")
+    apples = data.examples(tmp_path / "judge", [".png"])
+    assert {e.facts["source"] for e in apples} == SETS["emoji-judge"].keys()
+    assert {e.split for e in apples} == {"train"}
+    text = files["LICENSES.md"].decode()
+    assert "twemoji@1.2.5 | 1 | CC-BY-4.0 | Twitter" in text and "json/noto" not in text
 
 
 def test_building_again_gives_the_same_bytes(packages: dict[str, Path], tmp_path: Path) -> None:
@@ -161,7 +179,8 @@ def test_licences_name_every_package_of_pictures_and_words(
     packages: dict[str, Path], tmp_path: Path
 ) -> None:
     text = _built(packages, tmp_path / "a")["LICENSES.md"].decode()
-    assert all(spec in text for name, spec in PACKAGES.items() if name != "resvg")
+    wanted = packages_of("emoji")
+    assert all(spec in text for name, spec in wanted.items() if name != "resvg")
     assert "npm:@lobehub/fluent-emoji-3d@1.1.0 | 1 | MIT" in text
     assert "Permission is hereby granted" in text and "WordNet's own licence" in text
 
@@ -313,5 +332,5 @@ def test_folds_are_of_a_concept_and_about_alike() -> None:
 
 def test_the_table_of_the_plugin_names_what_it_fetches() -> None:
     made = DATASETS["emoji"]
-    assert made.packages == tuple(PACKAGES.values())
+    assert made.packages == tuple(packages_of("emoji").values())
     assert all(re.fullmatch(r"npm:.+@\d[\d.]+|pip:.+==\d[\d.]+", spec) for spec in made.packages)
