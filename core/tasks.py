@@ -105,10 +105,13 @@ def encoded(
     Args:
         encode, decode: data (B, C, *axes) to latents as the stage has them (B, Z, *axes), and back.
     """
-    if given is None or given.start is None:
-        return None if given is None else replace(given, encode=encode, decode=decode)
+    if given is None:
+        return None
+    given = replace(given, encode=encode, decode=decode)
+    if given.start is None:
+        return given
     start = encode(given.start)
-    return Given(start=start, keep=_shrunk(given.keep, start.shape[2:]))
+    return replace(given, start=start, keep=_shrunk(given.keep, start.shape[2:]))
 
 
 def restored(given: Given | None, x: Tensor) -> Tensor:

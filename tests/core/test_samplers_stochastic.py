@@ -51,6 +51,7 @@ STOCHASTIC: dict[str, Sampler] = {
     "edm with dpmpp_2m": samplers.Churn(gamma=0.02, sampler=from_name("dpmpp_2m")),
     "restart": samplers.Restart(),
     "predictor_corrector": samplers.PredictorCorrector(snr=0.05),
+    "ancestral_corrected": from_name("ancestral_corrected", snr=0.05),
 }
 EVERY: dict[str, Sampler] = {
     **STOCHASTIC,
@@ -77,6 +78,30 @@ def test_moments_of_a_normal(name: str, schedule: str) -> None:
     streams = noise.from_seeds([11], (10_000,))
     x = sample(denoise, streams, sampler=STOCHASTIC[name], grid=later(250))
     assert x.mean().item() == pytest.approx(0.7, abs=0.02)
+    assert x.var().item() == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddpm", "euler_ancestral", "predictor_corrector", "ancestral_corrected"]
+)
+def test_moments_under_guidance_on_three_axes(name: str) -> None:
+    """Of a normal around a mean that is the condition, guidance makes the normal around `scale` times that mean."""
+    schedule, shape = schedules.cosine(), (2, 16, 18, 18)
+
+    def net(x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
+        alpha, sigma = (c.reshape(-1, 1, 1, 1, 1).to(x) for c in schedule(t))
+        gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+        return mean + gain * (x - alpha * mean)
+
+    denoise = guidance.classifier_free(
+        Denoiser(net, schedule, predicts="x0"),
+        cond={"mean": torch.full((1, 1, 1, 1, 1), 0.3)},
+        uncond={"mean": torch.zeros(1, 1, 1, 1, 1)},
+        scale=2.5,
+    )
+    streams = noise.from_seeds([13], shape)
+    x = sample(denoise, streams, sampler=STOCHASTIC[name], grid=later(250))
+    assert x.mean().item() == pytest.approx(0.75, abs=0.02)
     assert x.var().item() == pytest.approx(0.25, abs=0.02)
 
 

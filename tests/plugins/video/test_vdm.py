@@ -66,9 +66,9 @@ def clip_of(
     defaults: dict[str, Any] = {"steps": 3, "sampler": "ddim", "grid": "trailing"}
     if files:
         fields["input"] = "given.mp4"
+    how = {"on_step": fields.pop("on_step", None), "files": files or {}}
     request = Request(model=made.id, **(defaults | fields))
-    found = pipeline.generate(model, made, request, host=hosts.current(), files=files or {})
-    return dict(found)
+    return dict(pipeline.generate(model, made, request, host=hosts.current(), **how))
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +147,7 @@ OPERATORS = {
     "between 2": [0, -1, 2, -1],
     "between 3": [0, -1, -1, 3],
     "hole 1:3": [0, -1, -1, 3],
+    "ends": [0, -1, -1, 5],
 }
 
 
@@ -171,15 +172,97 @@ def test_reconstruction_guidance_moves_what_is_made() -> None:
     assert (extended() - extended(reconstruction=2.0)).abs().max() > 1e-3
 
 
-def test_super_resolution_is_in_space_alone() -> None:
-    made = card()
-    small = {"video": torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), "fps": 8}
+@pytest.mark.parametrize("frames", [4, 9])
+def test_super_resolution_is_in_space_alone(frames: int) -> None:
+    made, draws = card(), torch.Generator().manual_seed(0)
+    small = {"video": 0.3 + 0.4 * torch.rand(3, frames, 4, 4, generator=draws), "fps": 8}
+    clips = []
     for reconstruction in (0.0, 1.0):
-        options = {"reconstruction": reconstruction}
+        options = {"reconstruction": reconstruction, "frames": frames}
         clip = clip_of(made, built(made), {"input": small}, operator="upscale 2", options=options)
         seen = operators.downsample([1, 2, 2])(clip["video"][None])[0]
         # what is cut off at black and white is not what was measured
         assert (seen - small["video"]).abs().median() < 0.02
+        clips.append(clip["video"])
+    assert (clips[0] - clips[1]).abs().max() > 1e-3
+
+
+# --- any length -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokens", "unet3d"])
+@pytest.mark.parametrize("reconstruction", [0.0, 2.0])
+def test_a_longer_clip_begins_as_the_short_one(name: str, reconstruction: float) -> None:
+    made = card(name)
+    model, asked = built(made), {"text": "a red kite", "guidance": 2.0, "sampler": "ddpm"}
+    blocks: list[tuple[int, ...]] = []
+
+    def look(moment: pipeline.Moment) -> None:
+        assert moment.state.x0 is not None
+        if moment.state.index == 1:
+            blocks.append(moment.state.x0.shape)
+
+    options = {"reconstruction": reconstruction}
+    short = clip_of(made, model, **asked, options=options)["video"]
+    long = clip_of(made, model, on_step=look, **asked, options=options | {"frames": 9})["video"]
+    assert long.shape == (3, 9, 8, 8) and torch.equal(long[:, :4], short)
+    assert blocks == [(1, 3, 4, 8, 8)] * 4
+    assert (long[:, 1:] - long[:, :-1]).abs().amax((0, 2, 3)).min() > 1e-3
+
+
+def test_options_of_blocks() -> None:
+    made = card()
+    model = built(made)
+
+    def rest(**options: float) -> Tensor:
+        return clip_of(made, model, options={"frames": 6, **options})["video"][:, 4:]
+
+    assert torch.equal(rest(), rest(overlap=2)) and torch.equal(rest(), rest(reconstruction=0.0))
+    for other in ({"overlap": 3}, {"reconstruction": 2.0}):
+        assert (rest() - rest(**other)).abs().max() > 1e-4
+    with pytest.raises(Exception, match="6 are made in blocks of 4, .* and not by 4"):
+        rest(overlap=4)
+
+
+def test_a_length_in_seconds() -> None:
+    made = card()
+    model = built(made)
+    options = {"frames": 3}
+    assert clip_of(made, model, duration=0.75, options=options)["video"].shape[1] == 6
+    for asked in ({"duration": 0.01}, {"options": {"frames": 0}}):
+        with pytest.raises(Exception, match="a clip has at least one frame"):
+            clip_of(made, model, **asked)
+
+
+LONG = {
+    "extend 0:5": [2, 3, 4, 5, -1, -1, -1, -1, -1],
+    "extend 7:0": [-1, -1, -1, -1, -1, -1, -1, 0, 1],
+    "ends": [0, -1, -1, -1, -1, -1, -1, -1, 5],
+}
+
+
+@pytest.mark.parametrize("operator", LONG)
+def test_an_input_goes_on_for_as_long_as_is_asked(operator: str) -> None:
+    made = card()
+    options = {"frames": 9, "reconstruction": 2.0}
+    clip = clip_of(made, built(made), {"input": ramp(6)}, operator=operator, options=options)
+    assert level(clip) == LONG[operator]
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler_ancestral", "predictor_corrector", "ancestral_corrected"]
+)
+def test_samplers_with_noise_follow_texts(sampler: str) -> None:
+    made = card("tokens")
+    model = built(made)
+    asked = {"guidance": 3.0, "sampler": sampler, "steps": 5}
+    asked["options"] = {"frames": 6, "reconstruction": 2.0}
+    clips = [
+        clip_of(made, model, text=text, seed=seed, **asked)["video"]
+        for text, seed in (("a red kite", 1), ("a red kite", 1), ("a cat", 1), ("a red kite", 2))
+    ]
+    assert torch.equal(clips[0], clips[1]) and bool(clips[0].isfinite().all())
+    assert min(float((clips[0] - other).abs().max()) for other in clips[2:]) > 1e-2
 
 
 def test_inputs_are_taken_at_the_rate_that_is_asked_for() -> None:
@@ -207,6 +290,8 @@ WRONG = {
     "extend 2:2": "leaves no room",
     "between 1": "one number from 2 on",
     "between": "one number from 2 on",
+    "ends 2": "fewer than half of 4",
+    "ends 1 2": "how many frames are known",
     "upscale 3": "no multiples",
     "colour": "no operator 'colour'",
 }
