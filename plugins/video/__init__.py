@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdiff.core.errors import UsageError, nearest
-from mdiff.core.hooks import API, Media, Model, ModelCard, PluginInfo, Task, hookimpl
+from mdiff.core.hooks import (
+    API,
+    DataSet,
+    Media,
+    Metric,
+    Model,
+    ModelCard,
+    PluginInfo,
+    Task,
+    hookimpl,
+)
 from mdiff.plugins.video import io
 
 if TYPE_CHECKING:
     import torch
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @hookimpl
@@ -33,6 +46,25 @@ def mdiff_train(card: ModelCard, model: Model, part: str, settings: Mapping[str,
     from mdiff.plugins.video import training
 
     return training.task(card, model, part, settings)
+
+
+@hookimpl
+def mdiff_recipes() -> Mapping[str, Path]:
+    return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
+
+
+@hookimpl
+def mdiff_datasets() -> Mapping[str, DataSet]:
+    from mdiff.plugins.video import data
+
+    return data.DATASETS
+
+
+@hookimpl
+def mdiff_metrics() -> Mapping[str, Callable[[], Metric]]:
+    from mdiff.plugins.video import metrics
+
+    return metrics.METRICS
 
 
 @hookimpl

@@ -106,15 +106,21 @@ PALETTE_PIXELS, PALETTE_COLOURS = 2**20, 2**14
 """A palette is chosen by at most so many pixels of a clip and colours among them: more take minutes."""
 
 
-def write_webp(path: Path, frames: Iterable[NDArray[Any]], *, text: str, note: Note) -> None:
-    """Writes an animated WebP that loses nothing; `text` in its EXIF description, `note` in the comment."""
+def write_webp(
+    path: Path, frames: Iterable[NDArray[Any]], *, text: str, note: Note, effort: int = 4
+) -> None:
+    """Writes an animated WebP that loses nothing; `text` in its EXIF description, `note` in the comment.
+
+    `effort` is 0, for a file that is a fifth larger in a tenth of the time, to 6.
+    """
     from PIL.Image import Exif, fromarray
 
     exif = Exif()
     exif[DESCRIPTION] = text
     exif.get_ifd(EXIF_PART)[COMMENT] = ASCII + str(note).encode()
     pictures = [fromarray(frame) for frame in frames]
-    _save(path, pictures, note, 1, format="WEBP", lossless=True, method=4, exif=exif)
+    how = {"lossless": True, "method": effort, "quality": 80 if effort else 0}
+    _save(path, pictures, note, 1, format="WEBP", exif=exif, **how)
 
 
 def _save(path: Path, pictures: Sequence[Image], note: Note, unit: int, **settings: Any) -> None:
