@@ -160,7 +160,12 @@ def test_the_adaptive_solver_meets_its_tolerance() -> None:
 AT_THE_START = {"plms": 1, "pndm": 9}
 """Evaluations besides those of every step."""
 
-AT_THE_END = {"predictor_corrector": 2, "annealed_langevin": 6, "repaint": 10}
+AT_THE_END = {
+    "predictor_corrector": 2,
+    "ancestral_corrected": 2,
+    "annealed_langevin": 6,
+    "repaint": 10,
+}
 """Evaluations in the step to clean data, where no second slope exists, if not 1."""
 
 IN_STEPS_WITHIN = ("dpm_adaptive", "restart", "repaint")
