@@ -7,6 +7,7 @@ than one thing, which nothing here follows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def thing() -> Metric:
         video = sample["video"]
         found = tracking.track(video)
         looks = [
-            _seen(sample, ("thing", k), lambda k=k: tracking.cut_out(video, found, k))  # type: ignore[misc]
+            _seen(sample, ("thing", k), partial(tracking.cut_out, video, found, k))
             for k in frames(video)
         ]
         said = net.text(encode([example.facts["phrase"]]).pooled.float())

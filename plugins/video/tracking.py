@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mdiff.plugins.video.data.motions import COMPASS
@@ -119,14 +120,11 @@ def cut_out(video: Tensor, found: Track, frame: int, share: float = 0.88) -> Ten
     image, sure = video[:, frame], found.thing[frame]
     if float(sure.mean()) < LEAST_SEEN:
         return image
-    spans = [_span(sure.sum(1)), _span(sure.sum(0))]
-    side = max(1, math.ceil(max(end - begin for begin, end in spans) / share))
-    white = sure * image + (1 - sure)
-    square = torch.ones(len(image), side, side)
-    (top, bottom), (left, right) = spans
-    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
-    square[:, y : y + bottom - top, x : x + right - left] = white[:, top:bottom, left:right]
-    return square
+    (top, bottom), (left, right) = _span(sure.sum(1)), _span(sure.sum(0))
+    side = math.ceil(max(bottom - top, right - left) / share)
+    white = F.pad(sure * image + (1 - sure), [side] * 4, value=1.0)
+    y, x = (side + (begin + end - side) // 2 for begin, end in ((top, bottom), (left, right)))
+    return white[:, y : y + side, x : x + side]
 
 
 def _span(profile: Tensor) -> tuple[int, int]:

@@ -151,7 +151,7 @@ def test_frames_of_clips_are_sets_near_and_far() -> None:
     assert rows.shape == (6, metrics.LOOKED_AT * efficientnet.WIDTH)
     noise = {"video": torch.rand(3, 8, 64, 64, generator=torch.Generator().manual_seed(0))}
     far = np.stack([kid.measure(noise, example)] * 3).astype(float)
-    assert fid.score(rows, rows) == pytest.approx(0, abs=1e-6)
+    assert fid.score(rows, rows) == pytest.approx(0, abs=1e-5)
     for metric in (fid, kid):
         assert metric.score(rows[:3], rows[3:]) < 0.5 * metric.score(far, rows[3:])
         assert metric.reference == "held_out" and "EfficientNet-Lite0" in metric.summary
@@ -174,8 +174,8 @@ def test_the_thing_is_cut_out_and_laid_on_white() -> None:
         square = tracking.cut_out(sample["video"], found, k)
         _, side, _ = square.shape
         red = (square[0] - square[1] > 0.3).float()
-        assert red.sum(0).gt(0).sum() / side == pytest.approx(0.88, abs=0.08)
-        centre = [(red.sum(axis) * torch.arange(side)).sum() / red.sum() for axis in (0, 1)]
+        assert float(red.sum(0).gt(0).sum()) / side == pytest.approx(0.88, abs=0.08)
+        centre = [float((red.sum(axis) * torch.arange(side)).sum() / red.sum()) for axis in (0, 1)]
         assert centre == pytest.approx([side / 2 - 0.5] * 2, abs=1)
         assert torch.equal(square[:, 0, 0], torch.ones(3))
     blank = torch.ones(3, 4, 16, 16)
@@ -206,7 +206,7 @@ def test_the_share_of_frames_whose_thing_is_found(monkeypatch: pytest.MonkeyPatc
         for share in range(5)
     }
     for share, made in rows.items():
-        assert metric.score(made, rows[4]) == pytest.approx(share / 4, abs=0.02)
+        assert metric.score(made, rows[4]) == pytest.approx(share / 4, abs=0.05)
 
 
 def test_a_network_that_is_not_installed_names_the_command(
