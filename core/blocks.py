@@ -88,8 +88,12 @@ def block(whole: Whole) -> Block:
         return None if tensor is None else tensor.narrow(whole.axis + 2, low, high - low)
 
     if (low, high) != (0, whole.length):
-        parts = {name: cut(getattr(given, name)) for name in ("start", "keep", "measurement")}
-        given = replace(given, **parts)
+        given = replace(
+            given,
+            start=cut(given.start),
+            keep=cut(given.keep),
+            measurement=cut(given.measurement),
+        )
     return Block(tuple(shape), given, more)
 
 
@@ -116,10 +120,10 @@ def plan(known: Sequence[bool], size: int, overlap: int) -> list[int]:
         known: for each entry along the axis.
         size, overlap: as in `Whole`, the size less than the length.
     """
-    known, starts = list(known), []
-    while not all(known):
-        starts.append(low := _next(known, size, overlap))
-        known[low : low + size] = [True] * size
+    there, starts = list(known), []
+    while not all(there):
+        starts.append(low := _next(there, size, overlap))
+        there[low : low + size] = [True] * size
     return starts or [0]
 
 
