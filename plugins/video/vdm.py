@@ -17,11 +17,12 @@ from torch import Tensor
 
 from mdiff.core import blocks
 from mdiff.core.conditions import token_states
-from mdiff.core.denoiser import from_config
+from mdiff.core.denoiser import KEYS, from_config
 from mdiff.core.errors import UsageError
 from mdiff.core.guidance import from_clip, reconstruction
 from mdiff.core.hooks import Given, Model, ModelCard, Problem, Request, Stage, text_encoder
 from mdiff.core.nn.unet import UNet
+from mdiff.core.registry import check_config
 from mdiff.plugins.video import inputs, io
 from mdiff.plugins.video.ffmpeg import rate_of
 from mdiff.plugins.video.nets.unet3d import Unet3D
@@ -119,6 +120,8 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
             is replacement alone.
         overlap: frames that a block knows of those before; half a block where there is no such option.
     """
+    text = ("text_encoder", "tokens", "vector_scale")
+    check_config(card, (*KEYS, *NETWORKS, *text, "size", "frames", "fps", "clip"))
     config = card.config
     name = name_of(config)
     net = NETWORKS[name](**config[name]).to(device, dtype)

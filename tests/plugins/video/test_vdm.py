@@ -124,6 +124,13 @@ def test_a_config_has_one_network() -> None:
             vdm.build(made, "cpu", torch.float32)
 
 
+def test_a_key_that_no_config_has_names_the_nearest() -> None:
+    made = card()
+    made = replace(made, config={**made.config, "frame": 4})
+    with pytest.raises(UsageError, match="config: unknown key 'frame'; did you mean 'frames'"):
+        vdm.build(made, "cpu", torch.float32)
+
+
 # --- inputs ---------------------------------------------------------------------------------------
 
 
