@@ -22,10 +22,10 @@ from torch import Tensor
 
 from mdiff.core import data, record, request, weights
 from mdiff.core.hooks import Example, text_encoder
+from mdiff.core.nn import efficientnet
 from mdiff.core.training.draws import generator
 from mdiff.plugins.image import io
 from mdiff.plugins.image.metrics import ENCODER, Scorer, found_among
-from mdiff.plugins.image.nets import efficientnet
 
 VIEWS, WORDINGS = 3, 4
 """Sets of features of the training pictures, the first of them as they are; captions of each."""
