@@ -1,0 +1,66 @@
+"""The picture models that ship: what is asked for can be seen in what they make."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mdiff.core import host, pipeline, registry, request
+from mdiff.core.hooks import Model, ModelCard
+
+Picture = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def picture() -> Iterator[Picture]:
+    """(model, fields of a request) -> its picture (3, H, W); each model is opened once."""
+    here = host.current()
+    models = registry.load(here)
+    opened: dict[str, tuple[ModelCard, Model]] = {}
+
+    def made(name: str, **fields: object) -> Tensor:
+        card = models.resolve(name)
+        asked = request.resolve(card, {"seed": 1, **fields}, here)
+        if name not in opened:
+            opened[name] = card, pipeline.open_model(card, asked, here)
+        sample = pipeline.generate(opened[name][1], card, asked, host=here)
+        image: Tensor = sample["image"]
+        return image
+
+    yield made
+
+
+def colour(image: Tensor) -> Tensor:
+    """The mean of what is not white, (3,)."""
+    return image[:, image.amin(0) < 0.8].mean(1)
+
+
+def test_the_models_are_small() -> None:
+    models = registry.load(host.current())
+    for name, megabytes in (("stable-diffusion-mini", 25), ("ddpm-emoji", 8)):
+        card = models.resolve(name)
+        assert sum(file.size for file in card.files) <= megabytes * 1e6
+        assert all((Path(card.root) / file.name).stat().st_size == file.size for file in card.files)
+    assert models.resolve("image").id == "image/stable-diffusion-mini"
+
+
+def test_colours_and_styles_are_those_of_the_text(picture: Picture) -> None:
+    def mean(text: str) -> Tensor:
+        made = [picture("image", text=text, steps=10, seed=seed) for seed in range(3)]
+        return torch.stack([colour(image) for image in made]).mean(0)
+
+    red, blue, grey = (
+        mean("a red heart, flat"),
+        mean("a blue heart, flat"),
+        mean("a red heart, black and white"),
+    )
+    assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2
+    assert grey.max() - grey.min() < 0.1
+
+
+def test_pictures_stand_on_white(picture: Picture) -> None:
+    for name, fields in (("image", {"text": "a dog face, 3D"}), ("ddpm-emoji", {})):
+        edges = [picture(name, seed=seed, steps=10, **fields)[:, 0] for seed in range(3)]
+        assert torch.stack(edges).mean() > 0.9
