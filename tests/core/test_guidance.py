@@ -635,7 +635,11 @@ EVERY: dict[str, Wrap] = {
 
 
 def test_every_guidance_is_listed_with_a_line_and_a_source() -> None:
-    assert EVERY.keys() == guidance.NAMES.keys() == set(guidance.__all__) - {"NAMES", "from_name"}
+    assert (
+        EVERY.keys()
+        == guidance.NAMES.keys()
+        == set(guidance.__all__) - {"NAMES", "from_clip", "from_name"}
+    )
     for row in guidance.NAMES.values():
         first = (row.__doc__ or "").splitlines()[0]
         assert 10 < len(first) < 110 and first.endswith(".")

@@ -273,7 +273,9 @@ def test_attention_is_its_formula(heads: int) -> None:
 def test_attention_in_bfloat16(heads: int, queries: int, keys: int) -> None:
     """In inference on a CPU it is made block by block: right, and of a sample alone what it is in a batch."""
     g = torch.Generator().manual_seed(3)
-    exact = [torch.randn(3, n, heads, 8, generator=g).transpose(1, 2) for n in (queries, keys, keys)]
+    exact = [
+        torch.randn(3, n, heads, 8, generator=g).transpose(1, 2) for n in (queries, keys, keys)
+    ]
     half = [x.bfloat16() for x in exact]
     found = attention(*half)
     assert found.dtype is torch.bfloat16
