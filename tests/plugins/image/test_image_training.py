@@ -325,7 +325,7 @@ def test_ddpm_learns_two_pictures(card: Card, pictures: list[Example]) -> None:
 def test_the_autoencoder_learns_two_pictures(card: Card, pictures: list[Example]) -> None:
     model, task = case("autoencoder", card, flip=False, unit=0.1)
     rows = table(task, pictures)
-    learn(task, rows)
+    learn(task, rows, steps=300)
     net = model.modules["autoencoder"]
     assert isinstance(net, AutoencoderKL)
     x = rows["image"] / 127.5 - 1
