@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdiff.core.hooks import TextEncoder
+from mdiff.core.hooks import TextEncoder, TextStates
 
 
 def token_states(encoder: TextEncoder, texts: Sequence[str], length: int) -> Tensor:
@@ -14,7 +14,11 @@ def token_states(encoder: TextEncoder, texts: Sequence[str], length: int) -> Ten
     Every text has as many tokens, as Stable Diffusion's have 77, so that texts of a batch and the two halves of
     guidance go together.
     """
-    states = encoder.encode(texts)
+    return of_length(encoder.encode(texts), length)
+
+
+def of_length(states: TextStates, length: int) -> Tensor:
+    """`token_states` of texts that are encoded already."""
     tokens = states.tokens.float().masked_fill(~states.mask.unsqueeze(-1), 0)[:, :length]
     return F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
 

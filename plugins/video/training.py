@@ -7,6 +7,7 @@ conditions of its own, and no attention crosses from one to another.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ def vdm_task(card: ModelCard, model: Model, part: str, settings: VDMSettings) ->
             first = round(k * (clip.shape[1] - frames) / max(1, count - 1))
             yield {"video": pixels(clip[:, first : first + frames]), **beside}
 
+    @cache
+    def of_still(text: str) -> dict[str, Tensor]:
+        return heard([text])
+
     def stills(example: Example) -> dict[str, Tensor]:
         """Those that the data set gives a clip: (K, C, H, W), and their texts (K, ...)."""
         named = example.facts.get("stills") or ()
@@ -92,7 +97,8 @@ def vdm_task(card: ModelCard, model: Model, part: str, settings: VDMSettings) ->
         chosen = [named[k % len(named)] for k in range(joined)]
         paths = [example.path.parent / file for file, _ in chosen]
         found = [io.read(path, frames=1, size=size, still=True)["video"][:, 0] for path in paths]
-        texts = heard([text for _, text in chosen])
+        each = [of_still(text) for _, text in chosen]
+        texts = {name: torch.cat([said[name] for said in each]) for name in rest}
         return {
             f"{STILL}video": pixels(torch.stack(found)),
             **{f"{STILL}{name}": value for name, value in texts.items()},

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mdiff.core import blocks
-from mdiff.core.conditions import token_states
+from mdiff.core.conditions import of_length
 from mdiff.core.denoiser import KEYS, from_config
 from mdiff.core.errors import UsageError
 from mdiff.core.guidance import from_clip, reconstruction
@@ -42,16 +42,21 @@ def name_of(config: Mapping[str, Any]) -> str:
 
 def listener(config: Mapping[str, Any]) -> Callable[[Sequence[str]], dict[str, Tensor]]:
     """What makes the conditions of texts that the network of a card takes: token states, a pooled vector, or none."""
-    makers: dict[str, Callable[[Sequence[str]], Tensor]] = {}
     takes = config[name_of(config)]
-    if takes.get("context") or takes.get("vector"):
-        encoder = text_encoder(config["text_encoder"])
-    if takes.get("context"):
-        makers["context"] = lambda texts: token_states(encoder, texts, config["tokens"])
-    if takes.get("vector"):
-        scale = config.get("vector_scale", 1.0)
-        makers["vector"] = lambda texts: scale * encoder.encode(texts).pooled.float()
-    return lambda texts: {name: make(texts) for name, make in makers.items()}
+    if not takes.get("context") and not takes.get("vector"):
+        return lambda texts: {}
+    encoder = text_encoder(config["text_encoder"])
+
+    def heard(texts: Sequence[str]) -> dict[str, Tensor]:
+        states = encoder.encode(texts)
+        found = {}
+        if takes.get("context"):
+            found["context"] = of_length(states, config["tokens"])
+        if takes.get("vector"):
+            found["vector"] = config.get("vector_scale", 1.0) * states.pooled.float()
+        return found
+
+    return heard
 
 
 def nothing(
