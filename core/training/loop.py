@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from mdiff.core import weights
+from mdiff.core import request, weights
 from mdiff.core.errors import NonFiniteError, UsageError
 from mdiff.core.losses import Outcome, by_level
 from mdiff.core.training import checkpoints, optimizers
@@ -114,7 +114,9 @@ def train(
         recompute(module)
     if recipe.compile:
         module.compile()
-    objective = run.prepare(_Objective(module, loss, recipe.precision))
+    objective = run.prepare(
+        _Objective(module, loss, request.precision(recipe.precision, run.device.type))
+    )
     training = _Training(
         module=module,
         objective=objective,

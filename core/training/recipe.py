@@ -203,7 +203,8 @@ class Recipe:
         average: running averages of the weights.
         batch: how many samples a step sees.
         budget: when training ends.
-        precision: what the network computes in; its weights stay in fp32.
+        precision: what the network computes in; its weights stay in fp32. "auto" is bf16 where the device is fast at
+            it: a run begins by deciding, and its own recipe says which.
         seed: of everything that is drawn.
         compile: whether the network is compiled (`torch.compile`).
         checkpointing: whether activations are computed again instead of kept, which saves memory.
@@ -216,7 +217,7 @@ class Recipe:
     name: str = ""
     model: str | None = None
     part: str
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
     compile: bool = False
     checkpointing: bool = False

@@ -51,6 +51,7 @@ def start(
         MdiffError: as `loop.train`.
     """
     on = loop.accelerator()
+    recipe = _decided(recipe, out, on.device.type)
     if not _check(out, recipe, resume) and resume:
         log.say(f"there is no run in {out} to go on with: beginning one")
     card = recipes.card_of(recipe, models)
@@ -139,6 +140,16 @@ def source(name: str, part: str, models: registry.Registry) -> tuple[File, bytes
             return file, weights.verified(card.root / file.name, file)
     known = [file.module for file in card.files]
     raise MissingError(f"{name} has no weights for {part!r}{nearest(part, known)}")
+
+
+def _decided(recipe: Recipe, out: Path, device: str) -> Recipe:
+    """The recipe with a precision: that of the run in the folder, or the one that suits the device."""
+    if recipe.precision != "auto":
+        return recipe
+    path = out / recipes.NAME
+    if path.exists():
+        return replace(recipe, precision=recipes.read(path).precision)
+    return replace(recipe, precision=request.precision("auto", device))
 
 
 def _check(out: Path, recipe: Recipe, resume: bool) -> bool:

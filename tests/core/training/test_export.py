@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdiff import cli
-from mdiff.core import registry, weights
+from mdiff.core import registry, request, weights
 from mdiff.core.errors import IntegrityError, MissingError, UsageError
 from mdiff.core.hooks import File
 from mdiff.core.training import checkpoints
@@ -359,6 +359,26 @@ def test_what_train_refuses(toy, numbers, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr()
         assert words in said.err and said.err.count("\n") == 1 and said.out == "", said.err
     assert not (tmp_path / "x" / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "then"), [({"amx_bf16"}, "bf16", set()), (set(), "fp32", {"amx_bf16"})]
+)
+def test_a_run_keeps_the_precision_it_began_with(
+    toy, numbers, tmp_path, capsys, monkeypatch, flags, first, then
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(request, "cpu_flags", lambda: frozenset(flags))
+    train = ["train", "toy", "--data", "numbers", "--quiet", "--set", "precision=auto"]
+    assert cli.main([*train, "--steps", "5"]) == 0
+    run = tmp_path / "runs" / "toy"
+    assert recipes.read(run / "recipe.toml").precision == first
+    monkeypatch.setattr(request, "cpu_flags", lambda: frozenset(then))  # another machine
+    assert cli.main([*train, "--steps", "10", "--resume"]) == 0
+    assert recipes.read(run / "recipe.toml").precision == first
+    other = {"bf16": "fp32", "fp32": "bf16"}[first]
+    assert cli.main([*train, "--steps", "15", "--resume", "--set", f"precision={other}"]) == 2
+    assert f'precision was "{first}" in this run and is "{other}"' in capsys.readouterr().err
 
 
 def test_train_lists_recipes_and_prints_one_in_full(toy, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_the_name_is_that_of_the_file_where_it_says_none(tmp_path):
         ({"average": {"decays": [1]}}, r"the decay of an average is in \[0, 1\)"),
         ({"average": {"powers": [0.4]}}, "sigma_rel of an average is in"),
         ({"average": {"snapshots": -1}}, "average: snapshots is -1, it has to be 0 or more"),
-        ({"precision": "fp8"}, "'precision' should be 'bf16' or 'fp32', it is 'fp8'"),
+        ({"precision": "fp8"}, "'precision' should be 'auto' or 'bf16' or 'fp32', it is 'fp8'"),
         ({"seed": -1}, "recipe: seed is -1, it has to be 0 or more"),
         ({"threads": -1}, "recipe: threads is -1, it has to be 0 or more"),
         ({"data": {"folder": 3}}, "'folder' should be a path, it is 3"),
