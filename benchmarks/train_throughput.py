@@ -4,7 +4,8 @@
 
 One latent text-to-image UNet, one set of pictures and captions. The peer makes nothing ahead: each step encodes its
 pictures and captions, adds noise, regresses it in float32, clips, steps AdamW and reads the loss; once more with all of
-that cached. Ours trains the same network through `mdiff.core.training.loop` on cached latents in bf16 autocast, with
+that cached. Ours trains the same network through `mdiff.core.training.loop` on cached latents in bf16 autocast
+(float32 where the processor does not compute in bf16), with
 its average, its log and its draws: in diffusers' class, so that the loop alone differs, and in our own with the same
 weights, which is what `mdiff train` trains. The floor is forward and backward of each network alone, in the same
 precision. Rounds of these alternate in one process; the figures are medians over rounds.
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from mdiff.core import Denoiser, losses, schedules, times
+from mdiff.core import Denoiser, losses, request, schedules, times
 from mdiff.core.hooks import text_encoder
 from mdiff.core.losses import Outcome
 from mdiff.core.nn import layouts
@@ -176,13 +177,14 @@ def ours(net: nn.Module, latents: Tensor, texts: Tensor, batch: int, steps: int)
 
 
 def floor(net: nn.Module, latents: Tensor, texts: Tensor, batch: int, steps: int) -> float:
-    """Seconds of forward and backward alone, in bf16 autocast."""
+    """Seconds of forward and backward alone, in the precision that ours takes."""
     x, at = latents[:batch], torch.arange(batch)
+    half = request.precision("auto", "cpu") == "bf16"
     begin = 0.0
     for step in range(steps + 2):
         if step == 2:
             begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             said = net(x, at, context=texts[:batch])
         said.float().square().mean().backward()
         net.zero_grad(set_to_none=True)
@@ -217,7 +219,8 @@ def main() -> None:
         for name, run in runs.items():
             seen[name].append(run())
     size = sum(p.numel() for p in unet().parameters()) / 1e6
-    print(f"{size:.1f} M parameters, batch {batch}, {torch.get_num_threads()} threads")
+    precision, threads = request.precision("auto", "cpu"), torch.get_num_threads()
+    print(f"{size:.1f} M parameters, batch {batch}, ours in {precision}, {threads} threads")
     middle = {name: statistics.median(values) for name, values in seen.items()}
     for name, seconds in middle.items():
         print(f"{name:28} {batch / seconds:7.2f} samples/s")
