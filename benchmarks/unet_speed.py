@@ -1,16 +1,18 @@
-"""A step of two UNets at full size, ours against diffusers at its default and at its best, in one run.
+"""A step of three UNets at full size, ours against the peer's at its default and at its best, in one run.
 
     python benchmarks/unet_speed.py [--small] [--rounds 5] [--precision bf16] [--only ddpm-cifar10] [--threads 2]
 
 The networks: Stable Diffusion 1.5's on latents of 64 x 64 with 77 tokens of context, one guided step of it (the batch
-is the condition and its absence), and DDPM's for CIFAR-10, one picture. Weights are random and the same everywhere;
-ours come from theirs by `core/nn/layouts.py`.
+is the condition and its absence), and DDPM's for CIFAR-10, one picture, both of diffusers; and that of
+video-diffusion-pytorch as its readme builds it, one clip of 16 frames of 64 x 64. Weights are random and the same
+everywhere; ours come from theirs by their layout.
 
-The peer at its default is what `from_config` gives: float32. Its best is the fastest of all that one can set in the
-precision asked for (`SETTINGS`), which is looked for first; nothing is compiled, which takes minutes. Then both and
-ours take turns, each in a process of its own. Printed are medians over rounds; the peak memory of each process; how far
-each output is from the default's, against the deviation of that; the floor, which is the operations of the network over
-the rate of a large matrix product in the same precision; and where the time of ours goes.
+The peer at its default is what its constructor gives: float32. Its best is the fastest of all that one can set in the
+precision asked for (`SETTINGS`; bf16 where the processor computes in it), which is looked for first; nothing is
+compiled, which takes minutes. Then both and ours take turns, each in a process of its own, and ours in float32 too
+where another precision is asked for. Printed are medians over rounds; the peak memory of each process; how far each
+output is from the default's, against the deviation of that; the floor, which is the operations of the network over the
+rate of a large matrix product in the same precision; and where the time of ours goes.
 """
 
 import argparse
@@ -27,20 +29,33 @@ from typing import Any
 from zlib import crc32
 
 import torch
+import video_diffusion_pytorch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdiff.core import request
 from mdiff.core.nn import layouts
 from mdiff.core.nn.unet import UNet
+from mdiff.plugins.video.formats import lucidrains
+from mdiff.plugins.video.nets.unet3d import Unet3D
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """The largest root mean square difference from the default's output, as a share of that output's deviation."""
 MATRIX, TOP = 2048, 12
 """Rows of the matrices whose product gives the rate; operators of the profile that are shown."""
+DIFFUSERS = (
+    "as it is",
+    "channels_last",
+    "plain attention",
+    "channels_last, plain attention",
+    "channels_last, fused QKV",
+)
+AUTOCAST = "autocast"
+"""A setting for networks that do not run in another precision by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +63,18 @@ class Network:
     """A network as both have it.
 
     Attributes:
-        theirs, config: a class of diffusers and its arguments. ours: the arguments of our UNet.
+        theirs, config: the peer's class and its arguments. own, ours: our class and its arguments.
         shape: of x. context: of the tokens it attends to, () for none.
+        settings: those of `SETTINGS` that its peer has.
     """
 
     theirs: type[Any]
     config: Mapping[str, Any]
+    own: type[nn.Module] = UNet
     ours: Mapping[str, Any]
     shape: tuple[int, ...]
     context: tuple[int, ...] = ()
+    settings: tuple[str, ...] = DIFFUSERS
 
 
 def stable_diffusion(channels: int, heads: int, context: int, size: int) -> Network:
@@ -115,13 +133,26 @@ def ddpm(channels: int, size: int) -> Network:
     )
 
 
+def video_diffusion(channels: int, size: int) -> Network:
+    return Network(
+        theirs=video_diffusion_pytorch.Unet3D,
+        config={"dim": channels, "dim_mults": (1, 2, 4, 8)},
+        own=Unet3D,
+        ours={"channels": channels, "multipliers": [1, 2, 4, 8]},
+        shape=(1, 3, 16, size, size),
+        settings=(AUTOCAST,),
+    )
+
+
 NETWORKS = {
     "stable-diffusion": stable_diffusion(320, 8, 768, 64),
     "ddpm-cifar10": ddpm(128, 32),
+    "video-diffusion": video_diffusion(64, 64),
 }
 SMALL = {
     "stable-diffusion": stable_diffusion(32, 4, 64, 16),
     "ddpm-cifar10": ddpm(32, 16),
+    "video-diffusion": video_diffusion(32, 32),
 }
 
 Setting = Callable[[Any], Any]
@@ -156,8 +187,9 @@ SETTINGS: Mapping[str, tuple[Setting, ...]] = {
     "plain attention": (_plain,),
     "channels_last, plain attention": (_channels_last, _plain),
     "channels_last, fused QKV": (_channels_last, _fused),
+    AUTOCAST: (),
 }
-"""What a user can set; each in the precision asked for."""
+"""What a user can set; each in the precision asked for, by `AUTOCAST` or wholly."""
 
 
 # --- in the processes -----------------------------------------------------------------------------
@@ -176,6 +208,8 @@ def made_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def their_net(network: Network, dtype: torch.dtype) -> Any:
+    if network.own is Unet3D:  # it keeps tables beside its weights
+        return network.theirs(**network.config).to(dtype).eval()
     with made_in(dtype):
         net = network.theirs.from_config(dict(network.config))
     return net.eval()
@@ -184,12 +218,15 @@ def their_net(network: Network, dtype: torch.dtype) -> Any:
 def their_tensors(network: Network, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights by their names: the same numbers in every process, rounded to the type."""
     tensors = {}
-    for name, like in their_net(network, dtype).state_dict().items():
+    for name, like in their_net(network, torch.float32).state_dict().items():
+        if name.endswith(".freqs"):  # constants
+            tensors[name] = like
+            continue
         generator = torch.Generator().manual_seed(crc32(name.encode()))
         value = torch.empty(like.shape).uniform_(-1, 1, generator=generator)
         if like.ndim > 1:  # outputs of the size of inputs
             value *= (3 / like[0].numel()) ** 0.5
-        elif name.endswith("weight"):
+        elif name.endswith(("weight", "gamma")):
             value = 1 + 0.1 * value
         else:
             value *= 0.1
@@ -199,7 +236,7 @@ def their_tensors(network: Network, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def call_of(network: Network, setting: str, precision: str) -> Callable[[], Tensor]:
     """What a step of a network is: "ours", or a row of `SETTINGS`."""
-    dtype = DTYPES[precision]
+    dtype = torch.float32 if setting == AUTOCAST else DTYPES[precision]
     generator = torch.Generator().manual_seed(0)
     x, context = (
         torch.randn(s, generator=generator).to(dtype) for s in (network.shape, network.context)
@@ -208,9 +245,9 @@ def call_of(network: Network, setting: str, precision: str) -> Callable[[], Tens
     net: Any
     if setting == "ours":
         with made_in(dtype):
-            net = UNet(**network.ours).eval()
+            net = network.own(**network.ours).eval()
         # theirs are handed over, so that no tensor is there twice
-        net.load_state_dict(layouts.convert(net, tensors, "diffusers"), assign=True)
+        net.load_state_dict(converted(net, tensors), assign=True)
         net.requires_grad_(False)
         cond = {"context": context} if network.context else {}
         t = torch.full(network.shape[:1], 500.0)
@@ -220,7 +257,26 @@ def call_of(network: Network, setting: str, precision: str) -> Callable[[], Tens
     for change in SETTINGS[setting]:
         net = change(net)
     given = (context,) if network.context else ()
-    return lambda: net(x, 500, *given).sample
+    if network.own is UNet:
+        return lambda: net(x, 500, *given).sample
+    at = torch.full(network.shape[:1], 500)
+
+    def call() -> Tensor:
+        with torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32"):
+            return net(x, at)
+
+    return call
+
+
+def converted(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the peer's network under the names of ours."""
+    if isinstance(net, Unet3D):
+        # ours has pictures' convolutions, and so fewer axes
+        return {
+            name: value.contiguous() for name, value in lucidrains.convert(net, tensors).items()
+        }
+    assert isinstance(net, UNet)
+    return layouts.convert(net, tensors, "diffusers")
 
 
 def serve(pipe: Connection, network: Network, setting: str, precision: str, threads: int) -> None:
@@ -298,7 +354,7 @@ def matrix_rate(dtype: torch.dtype, threads: int, size: int) -> float:
 def operations(network: Network) -> int:
     """Of a step: two for each product with a weight, and between tokens."""
     with torch.device("meta"):
-        net: nn.Module = UNet(**network.ours)
+        net = network.own(**network.ours)
         given = {"context": torch.empty(network.context)} if network.context else {}
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(network.shape), torch.empty(network.shape[0]), **given)
@@ -308,12 +364,12 @@ def operations(network: Network) -> int:
 def best_setting(network: Network, precision: str, threads: int, rounds: int) -> str:
     """The fastest of `SETTINGS`, each by the best of its steps; they are printed."""
     found = {}
-    for setting in SETTINGS:
+    for setting in network.settings:
         process = Process(network, setting, precision, threads)
         process.ask("seconds")
         found[setting] = min(process.ask("seconds") for _ in range(rounds))
         process.close()
-        print(f"  diffusers, {precision}, {setting:32} {found[setting] * 1e3:9.1f} ms", flush=True)
+        print(f"  theirs, {precision}, {setting:32} {found[setting] * 1e3:9.1f} ms", flush=True)
     return min(found, key=found.__getitem__)
 
 
@@ -326,6 +382,8 @@ def measure(name: str, network: Network, options: argparse.Namespace) -> None:
         "best": (best, precision),
         "ours": ("ours", precision),
     }
+    if precision != "fp32":
+        which["ours in fp32"] = ("ours", "fp32")
     processes = {k: Process(network, *said, threads) for k, said in which.items()}
     outputs = {k: torch.from_numpy(p.ask("output")) for k, p in processes.items()}
     times: dict[str, list[float]] = {k: [] for k in which}
@@ -342,14 +400,15 @@ def measure(name: str, network: Network, options: argparse.Namespace) -> None:
     wanted = outputs["default"]
     for k, (setting, of) in which.items():
         far = float((outputs[k] - wanted).square().mean().sqrt() / wanted.std())
-        said = "ours" if k == "ours" else f"diffusers, {k} ({of}, {setting})"
+        said = k if setting == "ours" else f"theirs, {k} ({of}, {setting})"
         within = "" if far <= TOLERANCE[of] else f" OUTSIDE of {TOLERANCE[of]}"
         print(
             f"  {said:60} {middle[k] * 1e3:9.1f} ms  peak {memory[k] / 1e9:5.2f} GB  "
             f"floor {count / rate / middle[k]:5.1%}  differs by {far:.1e}{within}"
         )
-    print(f"  default / ours {middle['default'] / middle['ours']:.2f}", end="   ")
-    print(f"best / ours {middle['best'] / middle['ours']:.2f}")
+    ratios = [("default", "ours"), ("best", "ours"), ("default", "ours in fp32")]
+    told_ratios = [f"{a} / {b} {middle[a] / middle[b]:.2f}" for a, b in ratios if b in middle]
+    print(f"  {'   '.join(told_ratios)}")
     print(
         f"  {count / 1e9:.1f} billion operations, {rate / 1e9:.0f} billion a second in a matrix product: "
         f"the floor is {count / rate * 1e3:.1f} ms; where the time of ours goes:"
@@ -361,7 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small networks: a quick check")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--precision", choices=DTYPES, default=request.precision("auto", "cpu"))
     parser.add_argument("--only", choices=NETWORKS)
     parser.add_argument(
         "--best", choices=SETTINGS, help="the peer's best, which is looked for else"
@@ -370,7 +429,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of the profiler, which looks for a GPU
     # a server that has imported them makes the processes
-    multiprocessing.set_forkserver_preload([UNet.__module__, UNet2DConditionModel.__module__])
+    multiprocessing.set_forkserver_preload(
+        [UNet.__module__, Unet3D.__module__, UNet2DConditionModel.__module__]
+    )
     for name, network in (SMALL if options.small else NETWORKS).items():
         if options.only in (None, name):
             measure(name, network, options)
