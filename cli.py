@@ -500,7 +500,11 @@ class _WithCommands(click.Command):
 )
 @click.option("--steps", type=click.IntRange(1), help="Train for so many, instead of the budget.")
 @click.option("--minutes", type=float, help="Train for so long, instead of the budget.")
-@click.option("--init", metavar="MODEL|RUN", help="Begin with its weights.")
+@click.option(
+    "--init",
+    metavar="MODEL|RUN",
+    help="Begin with its weights, and take other parts from it where no other model is named.",
+)
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="optimizer.rate=1e-4")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe in full and stop.")

@@ -42,7 +42,8 @@ def start(
     """Trains what a recipe says into the folder `out`.
 
     Args:
-        init: a model or a run whose weights the part begins with.
+        init: a model or a run whose weights the part begins with. Other parts are its too where the recipe has an
+            architecture of its own and does not say where they come from.
         resume: go on with the run that is in `out`.
 
     Raises:
@@ -60,6 +61,9 @@ def start(
     torch.manual_seed(recipe.seed)  # the weights to begin with
     model = _build(card, models.host, str(on.device))
     module = _part(model, card, recipe.part)
+    if init is not None and recipe.model is None:
+        beside = _beside(init, model, recipe, models)
+        recipe = replace(recipe, parts={**beside, **recipe.parts})
     with on.main_process_first():
         frozen = _parts(model, card, recipe, models, out / "parts")
     task = models.host.call(
@@ -143,13 +147,26 @@ def source(name: str, part: str, models: registry.Registry) -> tuple[File, bytes
 
 
 def _decided(recipe: Recipe, out: Path, device: str) -> Recipe:
-    """The recipe with a precision: that of the run in the folder, or the one that suits the device."""
-    if recipe.precision != "auto":
-        return recipe
+    """The recipe with what a run decides at its beginning: as the one in the folder has, where there is one.
+
+    That is the precision, which suits the device, and where the weights of parts come from.
+    """
     path = out / recipes.NAME
     if path.exists():
-        return replace(recipe, precision=recipes.read(path).precision)
-    return replace(recipe, precision=request.precision("auto", device))
+        old = recipes.read(path)
+        precision = old.precision if recipe.precision == "auto" else recipe.precision
+        return replace(recipe, precision=precision, parts={**old.parts, **recipe.parts})
+    return replace(recipe, precision=request.precision(recipe.precision, device))
+
+
+def _beside(init: str, model: Model, recipe: Recipe, models: registry.Registry) -> dict[str, str]:
+    """Parts that a recipe says nothing of, and that the model to begin with has: they come from there."""
+    has = {file.module for file in models.resolve(init).files}
+    return {
+        name: init
+        for name in _filled(model)
+        if name in has and name != recipe.part and name not in recipe.parts
+    }
 
 
 def _check(out: Path, recipe: Recipe, resume: bool) -> bool:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from mdiff import cli
 from mdiff.core import host, pipeline, registry, request
 from mdiff.core.hooks import Model, ModelCard
+from mdiff.core.training import recipe
 
 Picture = Callable[..., Tensor]
 
@@ -64,3 +67,19 @@ def test_pictures_stand_on_white(picture: Picture) -> None:
     for name, fields in (("image", {"text": "a dog face, 3D"}), ("ddpm-emoji", {})):
         edges = [picture(name, seed=seed, steps=10, **fields)[:, 0] for seed in range(3)]
         assert torch.stack(edges).mean() > 0.9
+
+
+def test_they_are_fine_tuned_by_their_recipes(tmp_path: Path) -> None:
+    for k in range(4):
+        Image.new("RGB", (128, 128), ("red", "green", "blue", "grey")[k]).save(
+            tmp_path / f"{k}.png"
+        )
+        (tmp_path / f"{k}.txt").write_text(f"a square, number {k}\n")
+    name, out = "image/stable-diffusion-mini", tmp_path / "run"
+    small = ["--set", "batch.size=2", "--set", "preview.every=0", "--quiet"]
+    train = ["train", name, "--data", str(tmp_path), "--out", str(out), *small]
+    assert cli.main([*train, "--init", name, "--steps", "1"]) == 0
+    # the autoencoder is that of the model to begin with, and stays it
+    assert recipe.read(out / "recipe.toml").parts == {"autoencoder": name}
+    assert cli.main([*train, "--resume", "--steps", "2"]) == 0
+    assert recipe.read(out / "recipe.toml").parts == {"autoencoder": name}
