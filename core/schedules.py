@@ -386,10 +386,8 @@ def zero_terminal(schedule: Schedule | str = "scaled_linear", **params: Any) -> 
     Raises:
         UsageError: sigma^2 of that schedule is not 1 - alpha^2.
     """
-    base = from_name(schedule, **params) if isinstance(schedule, str) else schedule
+    base = _preserved("zero_terminal", schedule, params)
     low, high = base.at(base.low), base.at(base.high)
-    if not all(math.isclose(t.alpha**2 + t.sigma**2, 1) for t in (low, high)):
-        raise UsageError(f"zero_terminal takes a schedule that preserves variance, not {base.name}")
     factor = low.alpha / (low.alpha - high.alpha)
 
     def log_alpha(t: Tensor) -> Tensor:
@@ -486,6 +484,44 @@ def flow(shift: float = 1.0, low: float = 1e-3) -> Schedule:
     return Schedule(name=f"flow({shift})", kernel=kernel, inverse=inverse, low=low)
 
 
+def shifted(schedule: Schedule | str = "cosine", factor: float = 2.0, **params: Any) -> Schedule:
+    """Another schedule with 2 log(factor) taken off its log-SNR (Hoogeboom et al., 2023, section 3.1).
+
+    For data of which many numbers say the same, so that noise hides it later: pictures with `factor` times as many
+    pixels on an edge, clips of a thing that moves. A network has to be trained for this.
+
+    Args:
+        schedule: one that preserves variance, or the name of one, made with `params`.
+
+    Raises:
+        UsageError: sigma^2 of that schedule is not 1 - alpha^2, or the factor is not above 0.
+    """
+    if not 0 < factor < math.inf:
+        raise UsageError(f"shifted takes a factor above 0, not {factor}")
+    base = _preserved("shifted", schedule, params)
+
+    def kernel(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = base.kernel(t)
+        whole = (1 + (factor**2 - 1) * sigma**2).sqrt()
+        return alpha / whole, factor * sigma / whole
+
+    return replace(
+        base,
+        name=f"shifted({base.name}, {factor})",
+        kernel=kernel,
+        inverse=lambda log_snr: base.inverse(log_snr + 2 * math.log(factor)),
+    )
+
+
+def _preserved(name: str, schedule: Schedule | str, params: dict[str, Any]) -> Schedule:
+    """The schedule that another is made of, which preserves variance."""
+    base = from_name(schedule, **params) if isinstance(schedule, str) else schedule
+    ends = (base.at(base.low), base.at(base.high))
+    if not all(math.isclose(t.alpha**2 + t.sigma**2, 1) for t in ends):
+        raise UsageError(f"{name} takes a schedule that preserves variance, not {base.name}")
+    return base
+
+
 NAMES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,
     "scaled_linear": scaled_linear,
@@ -501,6 +537,7 @@ NAMES: dict[str, Callable[..., Schedule]] = {
     "sigmoid": sigmoid,
     "laplace": laplace,
     "zero_terminal": zero_terminal,
+    "shifted": shifted,
     "ve": ve,
     "edm": edm,
     "flow": flow,

@@ -25,6 +25,7 @@ ALL = {
     "sigmoid": schedules.sigmoid(),
     "laplace": schedules.laplace(),
     "zero_terminal": schedules.zero_terminal(),
+    "shifted": schedules.shifted(),
     "ve": schedules.ve(),
     "edm": schedules.edm(),
     "flow": schedules.flow(),
@@ -35,6 +36,8 @@ MORE = {
     "linear in sigma": schedules.linear(between="sigma"),
     "zero_terminal of vp": schedules.zero_terminal("vp_linear"),
     "zero_terminal of cosine": schedules.zero_terminal("cosine", high=1.0),
+    "shifted table": schedules.shifted("cosine_betas", 4.0),
+    "shifted back": schedules.shifted("vp_linear", 0.5),
     "shifted flow": schedules.flow(3.0),
     "steep sigmoid": schedules.sigmoid(0.0, 3.0, tau=0.3),
     "diffwave large": schedules.diffwave(0.02, 200),
@@ -185,6 +188,25 @@ def test_zero_terminal_against_diffusers() -> None:
     assert schedule.log_snr(torch.ones(())) == -math.inf
     with pytest.raises(UsageError, match="preserves variance, not ve"):
         schedules.zero_terminal(schedules.ve())
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
+def test_a_shift_takes_as_much_off_log_snr_everywhere(factor: float) -> None:
+    base = schedules.cosine()
+    schedule = schedules.shifted(base, factor)
+    t = inside(schedule)
+    assert_close(schedule.log_snr(t), base.log_snr(t) - 2 * math.log(factor), rtol=0, atol=1e-9)
+    assert schedule(torch.zeros(())) == (1, 0)
+    # averaging factor^2 numbers that say the same undoes it
+    alpha, sigma = schedule(t)
+    assert_close(alpha / (sigma / factor), base(t)[0] / base(t)[1], rtol=1e-9, atol=0)
+    for wrong in (0.0, -1.0, math.inf):
+        with pytest.raises(UsageError, match="a factor above 0"):
+            schedules.shifted(base, wrong)
+    with pytest.raises(
+        UsageError, match="shifted takes a schedule that preserves variance, not ve"
+    ):
+        schedules.shifted(schedules.ve())
 
 
 @pytest.mark.parametrize("between", ["sigma", "log_sigma"])
