@@ -156,7 +156,8 @@ def _decided(recipe: Recipe, out: Path, device: str) -> Recipe:
         old = recipes.read(path)
         precision = old.precision if recipe.precision == "auto" else recipe.precision
         return replace(recipe, precision=precision, parts={**old.parts, **recipe.parts})
-    return replace(recipe, precision=request.precision(recipe.precision, device))
+    half = request.precision(recipe.precision, device) == "bf16"
+    return replace(recipe, precision="bf16" if half else "fp32")
 
 
 def _beside(init: str, model: Model, recipe: Recipe, models: registry.Registry) -> dict[str, str]:
