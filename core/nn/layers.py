@@ -271,16 +271,17 @@ def rotated(x: Tensor, channels: int, period: float = 10_000.0) -> Tensor:
     Pair i turns by period^(-2 i / channels) a position, so that products of two tokens depend on how far apart they
     are. Source: rotary position embedding (Su et al., 2021).
     """
-    width = x.shape[-1]
+    exact = x.dtype if x.dtype is torch.float64 else torch.float32
     position = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)
     i = torch.arange(0, channels, 2, dtype=torch.float32, device=x.device)
-    angles = position.unsqueeze(-1) * period ** (-i / channels)
-    angles = F.pad(angles.repeat_interleave(2, dim=-1), (0, width - channels))
-    # (a, b) -> (-b, a) of each pair as a matrix, for neighbours that change places are slow to address
-    quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=x.dtype, device=x.device)
-    turn = torch.kron(torch.eye(width // 2, dtype=x.dtype, device=x.device), quarter)
-    turn = F.pad(turn, (0, width % 2, 0, width % 2))
-    return x * angles.cos().to(x.dtype) + (x @ turn) * angles.sin().to(x.dtype)
+    angles = (position.unsqueeze(-1) * period ** (-i / channels)).to(exact)
+    # a pair is a complex number, which one product turns: memory is read and written once
+    pairs = x[..., :channels].to(exact).unflatten(-1, (-1, 2))
+    if x.shape[-1] % 2:
+        pairs = pairs.contiguous()
+    turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles)
+    first = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return first if channels == x.shape[-1] else torch.cat([first, x[..., channels:]], dim=-1)
 
 
 class RelativePositions(nn.Module):
