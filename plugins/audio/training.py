@@ -116,17 +116,6 @@ class AutoencoderSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointSettings(Settings):
-    """Of the joint embedding.
-
-    Attributes:
-        decoded: every other step hears what the autoencoder makes of the sounds, as when candidates are ranked.
-    """
-
-    decoded: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class DiffWaveSettings(Settings):
     """Of a DiffWave, which learns on whole windows: memory and time grow with them."""
 
@@ -360,7 +349,7 @@ def vocoder(card: ModelCard, model: Model, settings: Settings) -> Task:
     def read(example: Example) -> Iterator[dict[str, Tensor]]:
         for wave in _each(example, length, device):
             with _frozen(device):
-                decoded = _decoded(first, wave)
+                decoded = to_mel(first.decode(first.encode(to_image(log_mel(wave))).mean))
             yield from _rows(wave=to_pcm(wave), decoded=decoded.half())
 
     def loss(rows: Mapping[str, Tensor], draws: Draws) -> Tensor:
@@ -396,26 +385,20 @@ def vocoder(card: ModelCard, model: Model, settings: Settings) -> Task:
     )
 
 
-def joint(card: ModelCard, model: Model, settings: JointSettings) -> Task:
+def joint(card: ModelCard, model: Model, settings: Settings) -> Task:
     """The joint embedding, by contrast: of all captions of a batch a sound is to find its own, and the reverse.
 
     Sounds with the same caption are not each other's negatives. A sample's loss needs the whole batch (Radford et al.,
     2021: CLIP; Wu et al., 2023: CLAP).
     """
     net: Any = model.modules["joint"]
-    first: Any = model.modules["autoencoder"]
     encoder = text_encoder(card.config["text_encoder"])
-    length = _length(settings.seconds, RATE, _frames_step(model) if settings.decoded else HOP)
-    device = _device(first)
+    length = _length(settings.seconds, RATE, HOP)
 
     def read(example: Example) -> Iterator[dict[str, Tensor]]:
         texts = torch.stack([_to_bytes(text) for text in wordings(example)])
-        for wave in _each(example, length, device):
-            with _frozen(device):
-                columns = {"mel": log_mel(wave).half()}
-                if settings.decoded:
-                    columns["decoded"] = _decoded(first, wave).half()
-            yield from _rows(texts=texts.expand(len(wave), -1, -1), **columns)
+        for wave in _each(example, length, torch.device("cpu")):
+            yield from _rows(mel=log_mel(wave).half(), texts=texts.expand(len(wave), -1, -1))
 
     def loss(rows: Mapping[str, Tensor], draws: Draws) -> Tensor:
         if len(draws) != draws.total:
@@ -427,8 +410,7 @@ def joint(card: ModelCard, model: Model, settings: JointSettings) -> Task:
         texts = [_to_text(rows["texts"][i, k]) for i, k in enumerate(choice.tolist())]
         with _frozen(choice.device):
             states = encoder.encode(texts)
-        heard = "decoded" if settings.decoded and draws.step % 2 else "mel"
-        mel = (rows[heard].float() + _gain(draws)).roll(draws.one(17) - 8, dims=-1)
+        mel = (rows["mel"].float() + _gain(draws)).roll(draws.one(17) - 8, dims=-1)
         audio = net.embed_audio(mel.clamp(min=QUIETEST)).float()
         text = net.embed_text(states.tokens.to(mel), states.mask.to(mel.device)).float()
         logits = net.log_scale.exp().clamp(max=100) * audio @ text.T
@@ -441,16 +423,10 @@ def joint(card: ModelCard, model: Model, settings: JointSettings) -> Task:
     return Task(
         module=net,
         read=read,
-        made_by={"seconds": settings.seconds, "decoded": settings.decoded},
+        made_by={"seconds": settings.seconds},
         loss=loss,
         weigh=settings.weigh,
-        needs=("autoencoder",) if settings.decoded else (),
     )
-
-
-def _decoded(autoencoder: Any, wave: Tensor) -> Tensor:
-    """The log-mel of sounds (W, N) as the autoencoder gives it back."""
-    return to_mel(autoencoder.decode(autoencoder.encode(to_image(log_mel(wave))).mean))
 
 
 def _to_bytes(text: str) -> Tensor:
@@ -524,7 +500,7 @@ PARTS: Mapping[str, Mapping[str, Part]] = {
         "unet": (UNetSettings, unet),
         "autoencoder": (AutoencoderSettings, autoencoder),
         "vocoder": (Settings, vocoder),
-        "joint": (JointSettings, joint),
+        "joint": (Settings, joint),
     },
     "DiffWave": {"diffwave": (DiffWaveSettings, diffwave)},
 }

@@ -279,20 +279,6 @@ def test_sounds_with_the_same_caption_are_not_each_others_negatives(sounds: list
         assert float(loss_of(task, rows(task, other), Draws.of(0, 0, 4))) > 0.1
 
 
-def test_the_joint_embedding_hears_what_is_decoded_in_every_other_step(
-    sounds: list[Example],
-) -> None:
-    _, task = case("joint", decoded=True)
-    assert task.needs == ("autoencoder",)
-    table = rows(task, sounds)
-    louder = {**table, "mel": table["mel"] + 1}
-    with torch.no_grad():
-        for step, same in ((0, False), (1, True)):
-            draws = [Draws.of(0, step, 4) for _ in range(2)]
-            found = loss_of(task, table, draws[0]), loss_of(task, louder, draws[1])
-            assert torch.equal(*found) == same
-
-
 def test_a_condition_is_the_sounds_a_wordings_or_that_of_no_text(sounds: list[Example]) -> None:
     def conditions(**settings: float) -> tuple[Tensor, dict[str, Tensor]]:
         _, task = case("unet", **settings)
