@@ -4,11 +4,11 @@
 
 One latent text-to-image UNet, one set of pictures and captions. The peer makes nothing ahead: each step encodes its
 pictures and captions, adds noise, regresses it in float32, clips, steps AdamW and reads the loss; once more with all of
-that cached. Ours trains the same network through `mdiff.core.training.loop` on cached latents in bf16 autocast
-(float32 where the processor does not compute in bf16), with
-its average, its log and its draws: in diffusers' class, so that the loop alone differs, and in our own with the same
-weights, which is what `mdiff train` trains. The floor is forward and backward of each network alone, in the same
-precision. Rounds of these alternate in one process; the figures are medians over rounds.
+that cached. Ours trains the same network through `mdiff.core.training.loop` on cached latents in bf16 autocast (float32
+where the processor does not compute in bf16), with its average, its log and its draws: in diffusers' class, so that the
+loop alone differs, and in our own with the same weights, which is what `mdiff train` trains. The floor is forward and
+backward of each network alone, in the same precision. Rounds of these alternate in one process; the figures are medians
+over rounds.
 """
 
 import argparse
