@@ -282,7 +282,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_with_half_the_batch_each_take_the_step_of_one(tmp_path: Path) -> None:
-    """By DDP and by FSDP, within what five steps of Newton and Schulz make of rounding; half the data alone is further off."""
+    """By DDP and by FSDP, within what orthogonalising makes of rounding; half the data alone is further off."""
     command = [sys.executable, "-c", PROCESS]
     processes = [
         subprocess.Popen(
