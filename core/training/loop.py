@@ -8,8 +8,10 @@ step that one takes with the whole, but for the order of sums.
 Nothing in a step waits for the device: losses are read when a line of the log is due.
 """
 
+import ctypes
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -105,6 +107,8 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
     run = on or accelerator()
+    if run.device.type == "cpu":
+        _keep_memory()
     log = log if run.is_main_process else Log(folder, silent=True)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -146,6 +150,20 @@ def train(
     if stop:
         raise KeyboardInterrupt
     return training.averages
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what a step frees for the step that follows.
+
+    It gives large blocks back at once and gets them again page by page, which is a sixth of a step on clips.
+    """
+    if sys.platform != "linux":
+        return
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        adjust(mmap_max, 0)
+        adjust(trim_threshold, 2**31 - 1)
 
 
 @dataclass
