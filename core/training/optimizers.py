@@ -201,12 +201,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             rate, decay = group["lr"], group["weight_decay"]
             for p in group["params"]:
@@ -216,11 +212,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 momentum = state["momentum_buffer"].lerp_(p.grad, 1 - self.MOMENTUM)
-                matrix = p.grad.lerp(momentum, self.MOMENTUM).flatten(1)
+                matrix = orthogonalised(p.grad.lerp(momentum, self.MOMENTUM).flatten(1))
                 size = 0.2 * math.sqrt(max(matrix.shape))
                 p.mul_(1 - rate * decay)
-                p.add_(orthogonalised(matrix).reshape(p.shape), alpha=-rate * size)
-        return loss
+                p.add_(matrix.reshape(p.shape), alpha=-rate * size)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

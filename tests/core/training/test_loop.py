@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from platform import libc_ver
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import pytest
@@ -120,6 +122,18 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     split = run(tmp_path / "split", replace(RECIPE, batch=Batch(size=8, micro=3)), loss=still)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_memory_that_a_step_frees_is_not_fetched_anew(tmp_path: Path) -> None:
+    run(tmp_path, replace(RECIPE, budget=Budget(steps=1)))
+    size = 64 * 2**20  # above what glibc ever keeps by itself
+    faults = []
+    for _ in range(5):
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        torch.ones(size, dtype=torch.uint8)
+        faults.append(getrusage(RUSAGE_SELF).ru_minflt - before)
+    assert sum(faults[1:]) < 100, faults
 
 
 def test_recomputing_changes_no_gradient(tmp_path: Path) -> None:
