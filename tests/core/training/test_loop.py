@@ -129,11 +129,11 @@ def test_memory_that_a_step_frees_is_not_fetched_anew(tmp_path: Path) -> None:
     run(tmp_path, replace(RECIPE, budget=Budget(steps=1)))
     size = 64 * 2**20  # above what glibc ever keeps by itself
     faults = []
-    for _ in range(5):
+    for _ in range(8):
         before = getrusage(RUSAGE_SELF).ru_minflt
         torch.ones(size, dtype=torch.uint8)
         faults.append(getrusage(RUSAGE_SELF).ru_minflt - before)
-    assert sum(faults[1:]) < 100, faults
+    assert sum(faults[4:]) < 100, faults  # the first ones may fill what is kept
 
 
 def test_recomputing_changes_no_gradient(tmp_path: Path) -> None:
