@@ -63,7 +63,7 @@ def test_commands(
     assert out.strip()
     if command.startswith("run"):
         made = set(folder.rglob("*.*")) - before
-        media = [path for path in made if path.suffix in (".wav", ".flac", ".png")]
+        media = [path for path in made if path.suffix in (".wav", ".flac", ".png", ".mp4", ".gif")]
         assert media and all(path.stat().st_size > 1_000 for path in media)
 
 
