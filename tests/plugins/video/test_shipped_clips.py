@@ -17,7 +17,7 @@ def clip() -> Iterator[Clip]:
     """Fields of a request -> its clip (3, T, H, W); the model is opened once."""
     here = host.current()
     card = registry.load(here).resolve("video")
-    model = pipeline.open_model(card, request.resolve(card, {"seed": 1, "text": ""}, here), here)
+    model = pipeline.open_model(card, request.resolve(card, {"seed": 1, "text": "a dog"}, here), here)
 
     def made(**fields: object) -> Tensor:
         asked = request.resolve(card, {"seed": 1, "steps": 10, **fields}, here)
