@@ -1,4 +1,4 @@
-"""The video model that ships: its clips are of the size that is said, stand on one ground and have the colour asked for."""
+"""The video model that ships: its clips have the size that is said, one ground and the colour asked for."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,9 @@ def clip() -> Iterator[Clip]:
     """Fields of a request -> its clip (3, T, H, W); the model is opened once."""
     here = host.current()
     card = registry.load(here).resolve("video")
-    model = pipeline.open_model(card, request.resolve(card, {"seed": 1, "text": "a dog"}, here), here)
+    model = pipeline.open_model(
+        card, request.resolve(card, {"seed": 1, "text": "a dog"}, here), here
+    )
 
     def made(**fields: object) -> Tensor:
         asked = request.resolve(card, {"seed": 1, "steps": 10, **fields}, here)
