@@ -1,7 +1,8 @@
 """The picture models that ship: what is asked for can be seen in what they make."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,30 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from mdiff import cli
-from mdiff.core import host, pipeline, registry, request
-from mdiff.core.hooks import Model, ModelCard
+from mdiff.core import host, registry
 from mdiff.core.training import recipe
 
 Picture = Callable[..., Tensor]
 
 
-@pytest.fixture(scope="module")
-def picture() -> Iterator[Picture]:
-    """(model, fields of a request) -> its picture (3, H, W); each model is opened once."""
-    here = host.current()
-    models = registry.load(here)
-    opened: dict[str, tuple[ModelCard, Model]] = {}
-
-    def made(name: str, **fields: object) -> Tensor:
-        card = models.resolve(name)
-        asked = request.resolve(card, {"seed": 1, **fields}, here)
-        if name not in opened:
-            opened[name] = card, pipeline.open_model(card, asked, here)
-        sample = pipeline.generate(opened[name][1], card, asked, host=here)
-        image: Tensor = sample["image"]
-        return image
-
-    yield made
+@pytest.fixture
+def picture(sample_of: Callable[..., Mapping[str, Any]]) -> Picture:
+    """(model, fields of a request) -> its picture (3, H, W)."""
+    return lambda name, **fields: sample_of(name, **fields)["image"]
 
 
 def colour(image: Tensor) -> Tensor:
