@@ -333,6 +333,14 @@ class FramePositions(nn.Module):
         return bias.masked_fill(apart.unsqueeze(1), float("-inf"))
 
 
+def frame_places(frames: int, clips: Tensor | None, x: Tensor) -> Tensor:
+    """The place of each frame in its clip, (B, frames): 0 for the first; `clips` as in `FramePositions`."""
+    if clips is None:
+        return torch.arange(frames, device=x.device).expand(len(x), -1)
+    alike = clips.unsqueeze(1) == clips.unsqueeze(2)
+    return alike.tril(-1).sum(-1)
+
+
 def patched(x: Tensor, side: int) -> Tensor:
     """x (B, C, *axes) -> (B, C side^n, *axes / side): each channel's values of a patch, one channel for each place."""
     n = x.ndim - 2

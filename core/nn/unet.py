@@ -22,7 +22,9 @@ from mdiff.core.nn.layers import (
     SpatialTransformer,
     Upsample,
     folded,
+    frame_places,
     patched,
+    served,
     timestep_embedding,
     unfolded,
     unpatched,
@@ -93,6 +95,8 @@ class UNet(nn.Module):
             convolution, norm or other attention crosses it (Ho et al., 2022: Video Diffusion). None: there is no such.
         frame_levels: levels with attention along frames, after the other attention; it is in the middle too.
         frame_rotary: it tells frames apart by `layers.rotated` instead of `layers.RelativePositions`.
+        frame_index: each frame is told its place in its clip too, 0 for the first, as the time is told, so that where a
+            thing is to be in it need not be worked out from how many frames come before and after.
 
     Call: net(x (B, in_channels, *axes), t (B,), vector=(B, V), context=(B, M, K), label=(B,)) gives
     (B, out_channels, *axes). Every axis must be divisible by `factor`.
@@ -136,6 +140,7 @@ class UNet(nn.Module):
         frame_heads: int | None = None,
         frame_levels: Sequence[int] = (),
         frame_rotary: bool = False,
+        frame_index: bool = False,
     ) -> None:
         super().__init__()
         conv = CONV[axes]
@@ -161,6 +166,9 @@ class UNet(nn.Module):
         self.frame_positions = (
             FramePositions(frame_heads, relative=not frame_rotary) if frame_heads else None
         )
+        self.frame_embed = _two_layers(channels, width) if frame_heads and frame_index else None
+        if self.frame_embed is not None:
+            zero(self.frame_embed[-1])
         depths = [depth] * self.levels if isinstance(depth, int) else depth
         residual = partial(
             ResBlock,
@@ -257,10 +265,12 @@ class UNet(nn.Module):
             if (name in self.conditions) != (value is not None):
                 verb = "needs" if value is None else "does not take"
                 raise UsageError(f"this UNet {verb} the condition {name!r}")
-        frames = None
+        frames = place = None
         if self.frame_positions is not None:
             count = x.shape[2]
             frames = self.frame_positions(count, clips, x)
+            if self.frame_embed is not None:
+                place = frame_places(count, clips, x).flatten()
             if clips is not None:
                 t = t.repeat_interleave(count)
                 vector, context, label = (each_frame(value, clips) for value in given.values())
@@ -272,8 +282,10 @@ class UNet(nn.Module):
             emb = emb + self.label_emb(label)
         if self.vector_embed is not None and vector is not None:
             emb = emb + self.vector_embed(vector.to(x.dtype))
+        if self.frame_embed is not None and place is not None:
+            emb = served(emb, x) + self.frame_embed(self.sinusoids(place).to(x.dtype))
         if self.film_emb is not None and vector is not None:
-            emb = torch.cat([emb, self.film_emb(vector.to(x.dtype))], dim=1)
+            emb = torch.cat([emb, served(self.film_emb(vector.to(x.dtype)), emb)], dim=1)
         skips = []
         h = x if self.patch == 1 else patched(x, self.patch)
         for block in self.input_blocks:

@@ -14,6 +14,7 @@ from mdiff.core.nn.layers import (
     FramePositions,
     RelativePositions,
     folded,
+    frame_places,
     rotated,
     unfolded,
 )
@@ -38,6 +39,7 @@ def unet3d(**arguments: Any) -> Unet3D:
 NETS: dict[str, Callable[[], nn.Module]] = {
     "relative": unet,
     "rotary": lambda: unet(frame_rotary=True),
+    "index": lambda: unet(frame_index=True),
     "unet3d": unet3d,
 }
 
@@ -138,6 +140,28 @@ def test_positions_of_clips() -> None:
     assert torch.equal(seen[1, 1], torch.eye(3).bool())
     assert torch.equal(apart[0, :, :2, :2], whole[0, :, :2, :2])
     assert FramePositions(2, relative=False)(3, None, x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_places_of_frames() -> None:
+    clips = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 0]])
+    assert frame_places(4, clips, normal(2)).tolist() == [[0, 1, 0, 1], [0, 0, 0, 1]]
+    assert frame_places(3, None, normal(2)).tolist() == [[0, 1, 2]] * 2
+
+
+def test_places_are_told() -> None:
+    """What frames that are all alike differ by; those that see none of the others are all first ones."""
+    frame, t = normal(1, 3, 1, 4, 4), torch.ones(1)
+    x, cond = frame.expand(-1, -1, 4, -1, -1), conditions(unet(), 1)
+    net = unet(frame_index=True)
+    nn.init.normal_(net.out[-1].weight)
+    for untold in (net, random(unet())):
+        out = untold(x, t, **cond)
+        torch.testing.assert_close(out, out[:, :, :1].expand_as(out))
+    told = random(net)(x, t, **cond)
+    assert (told[:, :, 1:] - told[:, :, :-1]).abs().amax((0, 1, 3, 4)).min() > 1e-3
+    each = {name: torch.stack([value] * 4, dim=1) for name, value in cond.items()}
+    stills = net(x, t, **each, clips=torch.arange(4).unsqueeze(0))
+    torch.testing.assert_close(stills, net(frame, t, **cond).expand_as(stills))
 
 
 @pytest.mark.parametrize("name", NETS)
