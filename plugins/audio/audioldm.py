@@ -1,7 +1,7 @@
 """AudioLDM: text -> joint embedding -> latent -> log-mel -> waveform (Liu et al., 2023).
 
-Three stages: the latent UNet, conditioned on the joint embedding by its FiLM vector; the autoencoder's decoder,
-after which the candidates are ranked by their similarity to the text; the vocoder.
+Three stages: the latent UNet, conditioned on the joint embedding by its FiLM vector; the autoencoder's decoder, after
+which the candidates are ranked by their similarity to the text and, where it names a note, by that; the vocoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,15 @@ from mdiff.core.hooks import (
 from mdiff.core.nn.autoencoder import AutoencoderKL
 from mdiff.core.nn.unet import UNet
 from mdiff.core.registry import check_config
-from mdiff.plugins.audio import inputs, spectrogram
+from mdiff.plugins.audio import inputs, pitch, spectrogram
+from mdiff.plugins.audio.data.captions import named_note
 from mdiff.plugins.audio.nets.joint import JointEmbedding
 from mdiff.plugins.audio.nets.mel import BANDS, HOP, RATE, log_mel
 from mdiff.plugins.audio.nets.vocoder import MelInverter, griffin_lim
+
+NOTE_WEIGHT = 2.0
+"""Of how much the note asked for stands out, beside the similarity of a candidate: of 40 low notes of training 23 are
+right with 2, 20 with 0.5, 22 with 8, and 17 without; 25 have a right one among six."""
 
 
 def to_image(mel: Tensor) -> Tensor:
@@ -143,8 +148,12 @@ def build(card: ModelCard, device: str, dtype: torch.dtype) -> Model:
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]
     ) -> dict[str, Any]:
         mels = to_mel(tasks.restored(carry["heard"], autoencoder.decode(carry["latent"])))
-        similarity = joint.embed_audio(mels) @ carry["text"][0]
-        return {"mel": mels[similarity.argmax()]}
+        rank = joint.embed_audio(mels) @ carry["text"][0]
+        note = named_note(request.text or "")
+        if note is not None and len(mels) > 1:
+            rough = griffin_lim(vocoder(mels), iterations=0)
+            rank = rank + NOTE_WEIGHT * pitch.standing_out(rough, RATE, note)
+        return {"mel": mels[rank.argmax()]}
 
     def vocode(
         request: Request, problem: Problem, x: Tensor | None, carry: dict[str, Any]

@@ -20,6 +20,10 @@ _SHARPS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 _FLATS = {"C#": "Db", "D#": "Eb", "F#": "Gb", "G#": "Ab", "A#": "Bb"}
 _NOTE = re.compile(r"\s*([A-Ga-g])\s*(#|b|sharp|flat)?\s*(\d)\s*$")
 _STEP = {"": 0, "#": 1, "sharp": 1, "b": -1, "flat": -1}
+_NAMED = re.compile(
+    r"(?<![\w#])(?:[A-Ga-g][#b]?\d|[A-Ga-g][ -]?(?:sharp|flat)[ -]?\d|(?:[A-G][#b]|[B-G]) \d)(?!\w|[.,]\d)"
+)
+"""Notes within a text; not "a 3 second beep", nor "A 3 second beep"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,12 @@ def parse_note(text: str) -> int:
         raise ValueError(f"{text!r} is no note; write one as C4, F#3, B flat 3 or Bb3")
     letter, accidental, octave = match.groups()
     return _SHARPS.index(letter.upper()) + _STEP[accidental or ""] + 12 * (int(octave) + 1)
+
+
+def named_note(text: str) -> int | None:
+    """The MIDI number of the one note that a text names, or None: where there is none, or more than one."""
+    found = {parse_note(name.replace("-", " ")) for name in _NAMED.findall(text)}
+    return found.pop() if len(found) == 1 else None
 
 
 def plain(clip: Clip) -> str:

@@ -12,6 +12,7 @@ from mdiff.plugins.audio.data.captions import (
     WORDINGS,
     Clip,
     from_row,
+    named_note,
     note_name,
     parse_note,
     plain,
@@ -46,6 +47,34 @@ def test_every_spelling_of_a_note_parses_back(midi: int) -> None:
 )
 def test_notes_as_musicians_count_them(text: str, midi: int) -> None:
     assert parse_note(text) == midi
+
+
+def test_the_note_that_a_wording_names() -> None:
+    rng = Random(0)
+    for clip in CLIPS:
+        note = clip.midi if clip.kind == "note" else None
+        assert named_note(plain(clip)) == note, plain(clip)
+        assert {named_note(varied(clip, rng)) for _ in range(4)} <= {note, None}
+
+
+@pytest.mark.parametrize(
+    ("text", "midi"),
+    [
+        ("someone softly plays the Oboe, c sharp 5", 73),
+        ("a low B-flat 2 on the tuba", 46),
+        ("A4 on a violin, again A 4", 69),
+        ("a piano, C4 and then C4", 60),
+        ("a piano playing C4, then E4", None),
+        ("A 3 second beep", None),
+        ("a 3 second beep", None),
+        ("an mp3 of MP3 noise, version 2.1", None),
+        ("C4.5", None),
+        ("a strum of the guitar, C major", None),
+        ("", None),
+    ],
+)
+def test_the_note_that_a_text_names(text: str, midi: int | None) -> None:
+    assert named_note(text) == midi
 
 
 @pytest.mark.parametrize("text", ["", "H4", "C", "flute", "C44"])

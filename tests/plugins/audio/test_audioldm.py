@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mdiff.core import host as hosts
 from mdiff.core.errors import UsageError
 from mdiff.core.hooks import Model, ModelCard, Request
 from mdiff.core.pipeline import generate
-from mdiff.plugins.audio import inputs, io, mdiff_build
+from mdiff.plugins.audio import inputs, io, mdiff_build, pitch
 from mdiff.plugins.audio.audioldm import build, to_image, to_mel
 from mdiff.plugins.audio.nets.joint import JointEmbedding
 
@@ -101,9 +102,10 @@ def test_a_key_that_no_config_has_names_the_nearest(card: ModelCard) -> None:
             mdiff_build(other, "cpu", torch.float32)
 
 
-def test_best_candidate_is_kept(model: Model, card: ModelCard) -> None:
+def ranked(model: Model, text: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The mel that is kept of four candidates, all of them, and how like the text each is."""
     latent, mel, _ = model.stages
-    request = replace(REQUEST, options={"candidates": 4})
+    request = replace(REQUEST, text=text, options={"candidates": 4})
     carry: dict[str, Any] = {}
     problem = latent.prepare(request, carry)
     assert problem.copies == 4 and problem.shape == (2, 14, 16)
@@ -114,8 +116,29 @@ def test_best_candidate_is_kept(model: Model, card: ModelCard) -> None:
         joint, autoencoder = model.modules["joint"], model.modules["autoencoder"]
         assert isinstance(joint, JointEmbedding)
         mels = to_mel(autoencoder.decode(x / 2.0))
-        likeness = joint.embed_audio(mels) @ carry["text"][0]
-    torch.testing.assert_close(carry["mel"], mels[likeness.argmax()])
+        return carry["mel"], mels, joint.embed_audio(mels) @ carry["text"][0]
+
+
+def test_best_candidate_is_kept(model: Model) -> None:
+    kept, mels, likeness = ranked(model, "a flute")
+    torch.testing.assert_close(kept, mels[likeness.argmax()])
+
+
+def test_the_note_that_a_text_names_counts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    for best in range(4):
+
+        def only(waves: Tensor, rate: int, midi: int, best: int = best) -> Tensor:
+            assert waves.shape[0] == 4 and rate == 16_000
+            asked.append(midi)
+            return torch.eye(4)[best]
+
+        monkeypatch.setattr(pitch, "standing_out", only)
+        kept, mels, _ = ranked(model, "a flute playing C4")
+        torch.testing.assert_close(kept, mels[best])
+        kept, mels, likeness = ranked(model, "a C major chord on a flute")
+        torch.testing.assert_close(kept, mels[likeness.argmax()])
+    assert asked == [60] * 4
 
 
 def test_mel_and_image_are_inverse() -> None:
