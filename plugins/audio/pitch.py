@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOWEST, HIGHEST = 21, 108
-"""MIDI notes of a piano's keys."""
+NOTES = range(21, 109)
+"""The MIDI notes that are told apart: a piano's keys."""
 WINDOW, HOP = 4096, 1024
 _STEPS = 3
 """Combs of a note, a third of a semitone apart: an instrument may be a little out of tune."""
-_PRIMES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
+_HARMONICS = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
+"""Of a comb: the first, and those whose numbers are prime, so that none is another note's alone."""
 _HIGHEST_HARMONIC = 5000.0
+"""In Hz: none above it but the first."""
 
 
 def frequency(midi: float) -> float:
@@ -30,16 +32,16 @@ def _combs(rate: int) -> Tensor:
     """(notes, _STEPS, bins): what the square root of a spectrum is multiplied with, each of length 1."""
     bins = torch.arange(WINDOW // 2 + 1) * (rate / WINDOW)
     rows = []
-    for midi in range(LOWEST, HIGHEST + 1):
+    for midi in NOTES:
         for step in range(_STEPS):
             first = frequency(midi + (step - _STEPS // 2) / _STEPS)
             ratio = bins / first
+            wave = torch.cos(2 * math.pi * ratio)
             comb = torch.zeros_like(bins)
-            for k in _PRIMES:
+            for k in _HARMONICS:
                 if k > 1 and k * first > min(_HIGHEST_HARMONIC, rate / 2):
                     break
                 away = (ratio - k).abs()
-                wave = torch.cos(2 * math.pi * ratio)
                 comb += torch.where(away < 0.25, wave, torch.where(away < 0.75, wave / 2, 0.0))
             comb = comb / bins.clamp(min=first / 4).sqrt()
             rows.append(comb / comb.clamp(min=0).norm())
@@ -47,7 +49,7 @@ def _combs(rate: int) -> Tensor:
 
 
 def salience(waves: Tensor, rate: int) -> Tensor:
-    """How much of waves (B, samples) each note from `LOWEST` explains, (B, notes), at most 1.
+    """How much of waves (B, samples) each of `NOTES` explains, (B, notes), at most 1.
 
     A spectrum like a sawtooth's, on harmonics whose numbers are prime, so that a note is not heard for those an octave
     or a twelfth above it. Source: SWIPE' (Camacho and Harris, 2008), with the mean over frames by their loudness.
@@ -63,8 +65,13 @@ def salience(waves: Tensor, rate: int) -> Tensor:
 
 
 def standing_out(waves: Tensor, rate: int, midi: int) -> Tensor:
-    """How much more of waves (B, samples) a note explains than the best of the others, (B,): above 0 it is heard."""
+    """How much more of waves (B, samples) a note explains than the best of the others, (B,): above 0 it is heard.
+
+    Nothing stands out of what is not among `NOTES`: zeros.
+    """
+    if midi not in NOTES:
+        return waves.new_zeros(len(waves))
     found = salience(waves, rate)
     others = found.clone()
-    others[:, midi - LOWEST] = -torch.inf
-    return found[:, midi - LOWEST] - others.amax(1)
+    others[:, NOTES.index(midi)] = -torch.inf
+    return found[:, NOTES.index(midi)] - others.amax(1)

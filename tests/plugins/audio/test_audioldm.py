@@ -141,6 +141,12 @@ def test_the_note_that_a_text_names_counts(model: Model, monkeypatch: pytest.Mon
     assert asked == [60] * 4
 
 
+@pytest.mark.parametrize("note", ["C0", "C9"])
+def test_a_note_beyond_all_instruments_does_not_count(model: Model, note: str) -> None:
+    kept, mels, likeness = ranked(model, f"a flute playing {note}")
+    torch.testing.assert_close(kept, mels[likeness.argmax()])
+
+
 def test_mel_and_image_are_inverse() -> None:
     mel = torch.randn(2, 64, 12)
     assert to_image(mel).shape == (2, 1, 12, 64)

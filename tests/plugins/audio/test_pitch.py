@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdiff.plugins.audio.pitch import HIGHEST, LOWEST, frequency, salience, standing_out
+from mdiff.plugins.audio.pitch import NOTES, frequency, salience, standing_out
 
 RATE = 16_000
 
@@ -22,7 +22,7 @@ def tone(midi: float, harmonics: int = 12, odd: bool = False, seconds: float = 1
 
 
 def heard(waves: Tensor) -> list[int]:
-    return (salience(waves, RATE).argmax(1) + LOWEST).tolist()
+    return [NOTES[k] for k in salience(waves, RATE).argmax(1)]
 
 
 def test_frequencies() -> None:
@@ -45,7 +45,7 @@ def test_noise_loudness_and_tuning_do_not_matter() -> None:
 def test_salience_is_a_cosine() -> None:
     waves = torch.cat([tone(60), torch.zeros(1, RATE), torch.randn(1, RATE)])
     found = salience(waves, RATE)
-    assert found.shape == (3, HIGHEST - LOWEST + 1) and found.isfinite().all()
+    assert found.shape == (3, len(NOTES)) and found.isfinite().all()
     assert 0.3 < float(found[0].max()) <= 1 and float(found[2].max()) < 0.3
     assert not found[1].any()
 
@@ -54,6 +54,17 @@ def test_the_note_stands_out_where_it_is_played() -> None:
     waves = torch.cat([tone(48), tone(60), tone(49), tone(48) + tone(55)])
     found = standing_out(waves, RATE, 48)
     assert found[0] > 0 and (found[1:3] < 0).all() and found[0] > found[3]
+
+
+@pytest.mark.parametrize("midi", [12, NOTES[0] - 1, NOTES[-1] + 1, 131])
+def test_a_note_that_cannot_be_told_never_stands_out(midi: int) -> None:
+    """C0 to B9 can be written."""
+    assert standing_out(torch.cat([tone(60), tone(108)]), RATE, midi).tolist() == [0, 0]
+
+
+def test_the_outermost_notes() -> None:
+    for midi in (NOTES[0], NOTES[-1]):
+        assert standing_out(tone(midi), RATE, midi) > standing_out(tone(60), RATE, midi)
 
 
 def test_a_short_sound() -> None:
